@@ -1,0 +1,199 @@
+"""One exchange through all its phases, and the one exit.
+
+The wire brings heads and sends bytes; the policy judges; this file is what lies between. Whatever happens to
+an exchange (answered, refused, backend failed, caller left, worker draining) it leaves through `finish`, which
+settles the breaker's permit and hands the one record on. It never raises.
+"""
+
+import datetime as dt
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from lucid.core.exchange import Exchange, Lease, LookUp, Need, Preflight, Principal, Refusal, Source, Verdict
+from lucid.core.policy import Policy
+from lucid.core.rules.breaker import Outcome
+from lucid.core.rules.cors import Cors
+from lucid.core.rules.framing import Fault, Head
+from lucid.core.rules.headers import SECURITY_FIELDS, own_head, parent_trace, sane_request_id
+from lucid.core.rules.keys import KeyMemory
+from lucid.core.rules.leases import Claim
+from lucid.errors import ErrorCode, GatewayError, envelope
+
+_UUID4_CLEAR = ~((0xF000 << 64) | (0xC << 60))
+_UUID4_SET = (0x4000 << 64) | (0x8 << 60)
+
+_PARSE_CODES = {
+    405: ErrorCode.METHOD_NOT_ALLOWED,
+    408: ErrorCode.TOO_SLOW,
+    413: ErrorCode.BODY_TOO_LARGE,
+    414: ErrorCode.HEAD_TOO_LARGE,
+    431: ErrorCode.HEAD_TOO_LARGE,
+    501: ErrorCode.NOT_IMPLEMENTED,
+}
+
+
+class Recorder(Protocol):
+    """Takes the one record of each exchange. Called once per exchange; must not raise and must not wait."""
+
+    def record(self, x: Exchange, now: float) -> None: ...
+
+
+class Gateway:
+    """Shared by all connections of a worker."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        cors: Cors,
+        keys: KeyMemory,
+        admit: Callable[[Claim], Awaitable[bool]],
+        look_up: Callable[[bytes], Awaitable[Principal | ErrorCode]],
+        recorder: Recorder,
+        monotonic: Callable[[], float],
+        utc_now: Callable[[], dt.datetime],
+        random_bits: Callable[[int], int],
+        secure: bool = False,
+    ) -> None:
+        """`admit` and `look_up` meet the two needs; `random_bits(n)` gives an integer of n random bits."""
+        self.policy = policy
+        self.cors = cors
+        self.monotonic = monotonic
+        self._keys = keys
+        self._admit = admit
+        self._look_up = look_up
+        self._recorder = recorder
+        self._utc_now = utc_now
+        self._random_bits = random_bits
+        strict_transport = (("Strict-Transport-Security", "max-age=31536000"),) if secure else ()
+        self._own_fields = (("Content-Type", "application/json"), *SECURITY_FIELDS, *strict_transport)
+        self.security_fields = (*SECURITY_FIELDS, *strict_transport)
+
+    # --- the beginning ---------------------------------------------------------------------------------
+
+    def open(self, head: Head | None, peer: str) -> Exchange:
+        """A new exchange with its ids. `head` is None when there was no head to believe."""
+        if head is None:
+            x = Exchange(None, peer, peer, self.monotonic())
+            x.trace_id, x.request_id = self._new_ids()
+            return x
+        fields = head.fields
+        x = Exchange(head, peer, self.policy.client_address(peer, fields.forwarded_for), self.monotonic())
+        trace_id, request_id = self._new_ids()
+        x.request_id = (sane_request_id(fields.request_id) or request_id) if fields.request_id else request_id
+        if fields.traceparent is None:
+            x.trace_id = trace_id
+        else:
+            parent = parent_trace(fields.traceparent)
+            if parent is None:
+                x.trace_id = trace_id
+            else:
+                x.trace_id, x.trace_flags = parent
+                x.trace_continued = True
+        return x
+
+    def _new_ids(self) -> tuple[str, str]:
+        """(trace id, request id): the same 128 random bits, once as W3C has them, once as a UUID (version 4)."""
+        text = f"{self._random_bits(128) & _UUID4_CLEAR | _UUID4_SET:032x}"
+        return text, f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+    def span(self) -> str:
+        """A span id for the call to a backend."""
+        return f"{self._random_bits(64) | 1:016x}"
+
+    # --- the middle ------------------------------------------------------------------------------------
+
+    def judge(self, x: Exchange) -> Verdict:
+        return self.policy.judge(x, self.monotonic())
+
+    async def meet(self, x: Exchange, need: Need) -> None:
+        """Meet a need; then judge again. Raises GatewayError when a dependency is away."""
+        if isinstance(need, Lease):
+            x.admitted = await self._admit(need.claim)
+            return
+        assert isinstance(need, LookUp)
+        self._keys.put(need.digest, await self._look_up(need.digest), self.monotonic())
+
+    # --- answers of the gateway's own ------------------------------------------------------------------
+
+    def parse_refusal(self, fault: Fault) -> Refusal:
+        """The refusal of a head or a body that cannot be believed: the connection ends with it."""
+        return Refusal(
+            _PARSE_CODES.get(fault.status, ErrorCode.MALFORMED_HEAD), fault.reason, fault.status, close=True
+        )
+
+    def error_refusal(self, error: GatewayError, *, source: Source = Source.GATEWAY) -> Refusal:
+        return Refusal(error.code, str(error), details=error.details, fields=error.fields, source=source)
+
+    def refusal_answer(self, x: Exchange, refusal: Refusal, *, close: bool) -> bytes:
+        """The whole answer, as bytes; notes in the exchange what the record needs."""
+        code = refusal.code
+        x.status = refusal.status or code.status
+        x.error = code
+        x.failed_by = refusal.source
+        body = envelope(code, refusal.message, refusal.details, x.request_id, self._utc_now())
+        fields = [
+            *self._own_fields,
+            ("Content-Length", str(len(body))),
+            *refusal.fields,
+            *self.added_fields(x),
+        ]
+        if close:
+            fields.append(("Connection", "close"))
+        answer = own_head(x.status, fields)
+        x.bytes_out = len(body)
+        return answer if x.head is not None and x.head.method == "HEAD" else answer + body
+
+    def preflight_answer(self, x: Exchange, preflight: Preflight, *, close: bool) -> bytes:
+        x.status = 204
+        fields = [*preflight.fields, ("X-Request-ID", x.request_id), *self.security_fields]
+        if close:
+            fields.append(("Connection", "close"))
+        return own_head(204, fields)
+
+    def added_fields(self, x: Exchange) -> list[tuple[str, str]]:
+        """What the gateway adds to its own answers about this exchange: id, date, limits, CORS."""
+        fields = [("X-Request-ID", x.request_id), ("Date", self.http_date())]
+        fields.extend(self.limit_fields(x))
+        if self.cors.enabled and x.head is not None:
+            fields.extend(self.cors.answer_fields(x.head.fields.origin))
+        return fields
+
+    def limit_fields(self, x: Exchange) -> list[tuple[str, str]]:
+        if x.claim is None:
+            return []
+        lines = x.claim.fields(self.monotonic()).decode("latin-1")
+        return [
+            (name, value) for name, _, value in (line.partition(": ") for line in lines.split("\r\n")) if name
+        ]
+
+    def http_date(self) -> str:
+        """IMF-fixdate (RFC 9110 5.6.7)."""
+        moment = self._utc_now()
+        day = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[moment.weekday()]
+        month = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")[
+            moment.month - 1
+        ]
+        return f"{day}, {moment.day:02} {month} {moment.year} {moment:%H:%M:%S} GMT"
+
+    def timestamp(self) -> dt.datetime:
+        return self._utc_now()
+
+    # --- the end ---------------------------------------------------------------------------------------
+
+    def finish(self, x: Exchange) -> None:
+        """The one exit. Call it once the last byte was handed over, or it is known that none will follow."""
+        if x.finished:
+            return
+        x.finished = True
+        now = self.monotonic()
+        if x.permit is not None and x.outcome is None:
+            self.policy.settle(x, Outcome.NEUTRAL, now)
+        self._recorder.record(x, now)
+
+    def abandon(self, x: Exchange) -> None:
+        """The caller left: 499 in the record, neutral for the breaker."""
+        if not x.finished:
+            x.status = 499
+            x.failed_by = Source.CALLER
+            self.finish(x)

@@ -1,0 +1,275 @@
+"""The gates that a request passes, in their order. Read this first.
+
+    route          which row of the table is it?                404 405 413, a preflight's answer
+    authenticate   who is asking, and may they?                 400 401 403
+    admit          have they quota left?                        429
+    guard          is the backend's breaker closed?             503
+
+`judge` is synchronous and resumable. It answers None (forward), a Refusal or a Preflight (final), or a Need:
+whoever meets the need calls `judge` again, and the exchange goes on at the gate where it stopped. The usual
+request meets no need, so it is judged without waking a task and without I/O.
+
+Authenticate stands before admit because limits are per principal; what it refuses is *pending* until admit has
+charged the refused one, so that bad credentials cannot be tried without limit. Admit stands before guard because
+a half-open breaker has few trial permits, and a request that is about to be refused must not use one.
+
+No clock, no I/O, no randomness here: `now` is monotonic seconds, and the sources are injected.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+from lucid.core.exchange import (
+    Exchange,
+    Lease,
+    Limit,
+    LookUp,
+    Phase,
+    Preflight,
+    Principal,
+    Refusal,
+    Role,
+    Source,
+    Verdict,
+)
+from lucid.core.rules.addresses import TrustedProxies, identifier
+from lucid.core.rules.breaker import CircuitBreaker, Outcome
+from lucid.core.rules.cors import Cors
+from lucid.core.rules.framing import Fields
+from lucid.core.rules.keys import KeyMemory
+from lucid.core.rules.leases import Claim, Leases, LimitSet, Take
+from lucid.core.rules.routes import MethodNotAllowed, Route, RouteTable
+from lucid.core.rules.targets import Target, canonical
+from lucid.core.rules.tokens import TokenMemory
+from lucid.errors import ErrorCode
+
+_REALM = 'Bearer realm="lucid"'
+
+
+class Policy:
+    """The judge. Its tables are immutable and swapped whole; an exchange keeps the row that it matched."""
+
+    def __init__(
+        self,
+        *,
+        routes: RouteTable,
+        tiers: Iterable[Limit],
+        tokens: TokenMemory,
+        keys: KeyMemory,
+        leases: Leases,
+        breakers: Mapping[str, CircuitBreaker],
+        cors: Cors,
+        proxies: TrustedProxies,
+        jitter: Callable[[], float],
+    ) -> None:
+        """`tiers` are the tiers' limits by name (a tier that is off is absent); `jitter` gives [0, 1)."""
+        self._routes = routes
+        self._tiers = {limit.name: limit for limit in tiers}
+        self._limit_sets: dict[tuple[Route | None, str], LimitSet] = {}
+        self._tokens = tokens
+        self._keys = keys
+        self._leases = leases
+        self._breakers = breakers
+        self._cors = cors
+        self._proxies = proxies
+        self._jitter = jitter
+
+    # --- the gates -------------------------------------------------------------------------------------
+
+    def judge(self, x: Exchange, now: float) -> Verdict:
+        """Take the exchange as far as it goes. After a Need was met, call again."""
+        phase = x.phase
+        verdict: Verdict
+        if phase <= Phase.ROUTE:
+            x.phase = Phase.ROUTE
+            verdict = self._route(x)
+            if verdict is not None:
+                return verdict
+            phase = x.phase = Phase.AUTHENTICATE
+        if phase == Phase.AUTHENTICATE:
+            verdict = self._authenticate(x, now)
+            if verdict is not None:
+                return verdict
+            phase = x.phase = Phase.ADMIT
+        if phase == Phase.ADMIT:
+            verdict = self._admit(x, now)
+            if verdict is not None:
+                return verdict
+            x.phase = Phase.GUARD
+        return self._guard(x, now)
+
+    def settle(self, x: Exchange, outcome: Outcome, now: float) -> None:
+        """Close what guard opened, as soon as the outcome is known. Only the first call counts."""
+        if x.permit is not None and x.outcome is None and x.route is not None:
+            x.outcome = outcome
+            self._breakers[x.route.backend].settle(x.permit, outcome, now)
+
+    def body_broke(self, x: Exchange, now: float) -> None:
+        """An answer whose head had been settled broke off in its body: a failure of its own."""
+        if x.permit is not None and x.route is not None:
+            x.outcome = Outcome.FAILURE
+            self._breakers[x.route.backend].body_broke(x.permit, now)
+
+    # --- route -----------------------------------------------------------------------------------------
+
+    def _route(self, x: Exchange) -> Verdict:
+        head = x.head
+        assert head is not None
+        if head.target == "*":
+            return Preflight(fields=(("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),))
+        target = canonical(head.target)
+        if not isinstance(target, Target):
+            return Refusal(ErrorCode.MALFORMED_HEAD, target)
+        x.target = target
+        method = head.method
+        fields = head.fields
+        if method == "OPTIONS":
+            preflight = self._preflight(target.path, fields)
+            if preflight is not None:
+                return preflight
+        route = self._routes.match(method, target.path)
+        if route is None:
+            return Refusal(ErrorCode.NO_SUCH_ROUTE)
+        if isinstance(route, MethodNotAllowed):
+            return Refusal(ErrorCode.METHOD_NOT_ALLOWED, fields=(("Allow", route.allow),))
+        x.route = route
+        if head.length > route.max_body:
+            return Refusal(ErrorCode.BODY_TOO_LARGE, details={"limit_bytes": route.max_body})
+        return None
+
+    def _preflight(self, path: str, fields: Fields) -> Preflight | None:
+        methods = self._routes.methods(path)
+        if methods is not None and not methods:
+            return None
+        return self._cors.preflight(fields.origin, fields.request_method, fields.request_headers, methods)
+
+    # --- authenticate ----------------------------------------------------------------------------------
+
+    def _authenticate(self, x: Exchange, now: float) -> Verdict:
+        head, route = x.head, x.route
+        assert head is not None and route is not None
+        fields = head.fields
+        principal: Principal | None = None
+        fault: ErrorCode | None = None
+        if fields.authorization is not None:
+            if fields.api_key is not None:
+                fault = ErrorCode.TWO_CREDENTIALS
+            else:
+                scheme, _, token = fields.authorization.partition(" ")
+                known = (
+                    self._tokens.principal(token, now)
+                    if scheme.lower() == "bearer"
+                    else ErrorCode.BAD_CREDENTIAL
+                )
+                if isinstance(known, ErrorCode):
+                    fault = known
+                else:
+                    principal = known
+        elif fields.api_key is not None:
+            digest = hashlib.sha256(fields.api_key.encode("latin-1")).digest()
+            answer = self._keys.get(digest, now)
+            if answer is None:
+                return LookUp(digest)
+            if isinstance(answer, ErrorCode):
+                fault = answer
+            else:
+                principal = answer
+        if principal is None:
+            x.principal = self._public(x.address)
+            if fault is ErrorCode.TWO_CREDENTIALS:
+                x.pending = Refusal(fault)
+            elif route.access > Role.PUBLIC:
+                x.pending = _unauthenticated(fault or ErrorCode.NO_CREDENTIAL)
+        else:
+            x.principal = principal
+            if principal.role < route.access:
+                x.pending = Refusal(ErrorCode.ROLE_TOO_LOW, details={"required": route.access.label})
+        if x.pending is None and route.networks is not None and not route.networks.permits(x.address):
+            x.pending = Refusal(ErrorCode.ADDRESS_NOT_ALLOWED)
+        return None
+
+    def _public(self, address: str) -> Principal:
+        return Principal(Role.PUBLIC, "public", identifier(address))
+
+    # --- admit -----------------------------------------------------------------------------------------
+
+    def _admit(self, x: Exchange, now: float) -> Verdict:
+        route, principal = x.route, x.principal
+        assert route is not None and principal is not None
+        if route.counted:
+            claim = x.claim
+            if claim is None:
+                claim = x.claim = self._claim(x, route, principal)
+            admitted = x.admitted
+            if admitted is None:
+                take = claim.take(now)
+                if take is Take.WANTING:
+                    return Lease(claim)
+                admitted = take is Take.ADMITTED
+            if not admitted:
+                return self._limited(claim, now)
+        return x.pending
+
+    def _claim(self, x: Exchange, route: Route, principal: Principal) -> Claim:
+        """The refused pay with their address's public quota alone; all others with their tier and the route's limits."""
+        limits = () if x.pending is not None and principal.role is Role.PUBLIC else route.limits
+        key = (route if limits else None, principal.tier)
+        limit_set = self._limit_sets.get(key)
+        if limit_set is None:
+            tier = self._tiers.get(principal.tier)
+            limit_set = self._limit_sets[key] = LimitSet((tier, *limits) if tier is not None else limits)
+        address = principal.identifier if principal.role is Role.PUBLIC else identifier(x.address)
+        return self._leases.claim(limit_set, principal.identifier, address)
+
+    def _limited(self, claim: Claim, now: float) -> Refusal:
+        limit = claim.tightest(now)
+        wait_seconds = math.ceil(claim.retry_after(now) + self._jitter())
+        return Refusal(
+            ErrorCode.RATE_LIMITED,
+            details={"limit": limit.requests, "window_seconds": limit.window_seconds, "name": limit.name},
+            fields=(("Retry-After", str(max(1, wait_seconds))),),
+        )
+
+    # --- guard -----------------------------------------------------------------------------------------
+
+    def _guard(self, x: Exchange, now: float) -> Verdict:
+        route = x.route
+        assert route is not None
+        if not route.backend:
+            return None
+        breaker = self._breakers[route.backend]
+        x.permit = breaker.try_acquire(now)
+        if x.permit is None:
+            seconds = max(1, math.ceil(breaker.retry_after(now)))
+            return Refusal(
+                ErrorCode.BACKEND_UNAVAILABLE,
+                f"{route.backend} is not available at present",
+                details={"backend": route.backend},
+                fields=(
+                    ("Retry-After", str(seconds)),
+                    ("Proxy-Status", "lucid; error=destination_unavailable"),
+                ),
+                source=Source.BACKEND,
+            )
+        return None
+
+    # --- what the wire asks ----------------------------------------------------------------------------
+
+    def client_address(self, peer: str, forwarded_for: tuple[str, ...]) -> str:
+        """The caller's address: the peer, or the first untrusted hop behind trusted proxies."""
+        return self._proxies.client(peer, forwarded_for)
+
+    def forwarded_for(self, peer: str, received: tuple[str, ...]) -> str:
+        """The X-Forwarded-For that backends get: the hops that are believed, the peer last."""
+        return self._proxies.forwarded_for(peer, received)
+
+    def swap_routes(self, routes: RouteTable) -> None:
+        """Publish a new table; exchanges in flight keep the row that they matched."""
+        self._routes = routes
+        self._limit_sets = {}
+
+
+def _unauthenticated(code: ErrorCode) -> Refusal:
+    challenge = _REALM if code is ErrorCode.NO_CREDENTIAL else f'{_REALM}, error="invalid_token"'
+    return Refusal(code, fields=(("WWW-Authenticate", challenge),))

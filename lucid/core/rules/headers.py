@@ -1,0 +1,114 @@
+"""How heads are spelled: towards backends, and back to callers. Text in, bytes out.
+
+A request's head is built from the caller's forwardable lines (framing.py has already dropped what must not
+pass) followed by what the gateway vouches for, so that its own fields always stand last and alone.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from lucid.core.rules.framing import CHUNKED, Answer, Head
+
+VIA: Final = "Via: 1.1 lucid\r\n"
+
+SECURITY_FIELDS: Final = (
+    ("X-Content-Type-Options", "nosniff"),
+    ("X-Frame-Options", "DENY"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"),
+)
+"""On every answer that the gateway makes itself (OWASP's list for APIs); backends answer for their own."""
+
+REASONS: Final[Mapping[int, str]] = {
+    100: "Continue",
+    200: "OK",
+    204: "No Content",
+    400: "Bad Request",
+    401: "Unauthorized",
+    403: "Forbidden",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    408: "Request Timeout",
+    413: "Content Too Large",
+    414: "URI Too Long",
+    417: "Expectation Failed",
+    429: "Too Many Requests",
+    431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
+    501: "Not Implemented",
+    502: "Bad Gateway",
+    503: "Service Unavailable",
+    504: "Gateway Timeout",
+    505: "HTTP Version Not Supported",
+}
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+_WITH_CONTENT: Final = frozenset({"POST", "PUT", "PATCH"})
+
+
+def sane_request_id(value: str | None) -> str:
+    """The caller's own request id if it is one, else "" (make one)."""
+    return value if value and _REQUEST_ID.fullmatch(value) else ""
+
+
+def parent_trace(value: str | None) -> tuple[str, str] | None:
+    """(trace id, flags) of a valid `traceparent`, else None: a bad one starts a new trace and is never copied.
+
+    W3C Trace Context 2.2: version ff is invalid, an all-zero id is invalid, a later version may have more behind
+    its flags.
+    """
+    if value is None:
+        return None
+    match = _TRACEPARENT.fullmatch(value)
+    if match is None or match[1] == "ff" or (match[1] == "00" and match[5] is not None):
+        return None
+    if match[2] == "0" * 32 or match[3] == "0" * 16:
+        return None
+    return match[2], match[4]
+
+
+def upstream_head(
+    head: Head,
+    path: str,
+    *,
+    authority: str,
+    vouched: str,
+    length: int,
+) -> bytes:
+    """The request's head as a backend gets it.
+
+    `path` is the canonical path with its query; `authority` the endpoint's; `vouched` the lines that the
+    gateway adds about the caller, each with its CRLF; `length` the body's (bytes or CHUNKED).
+    """
+    fields = head.fields
+    if length == 0:
+        framing = "Content-Length: 0\r\n" if head.method in _WITH_CONTENT else ""
+    else:
+        framing = "Transfer-Encoding: chunked\r\n" if length == CHUNKED else f"Content-Length: {length}\r\n"
+        if fields.expect is not None and head.minor:
+            framing += "Expect: 100-continue\r\n"
+    return (
+        f"{head.method} {path} HTTP/1.1\r\nHost: {authority}\r\n{fields.forwarded}{framing}{vouched}{VIA}\r\n"
+    ).encode("latin-1")
+
+
+def answer_head(answer: Answer, *, framing: str, added: str) -> bytes:
+    """The answer's head as the caller gets it: the backend's lines, then the gateway's, each with its CRLF."""
+    return f"HTTP/1.1 {answer.status} {answer.reason}\r\n{answer.forwarded}{framing}{added}\r\n".encode(
+        "latin-1"
+    )
+
+
+def own_head(status: int, fields: list[tuple[str, str]]) -> bytes:
+    """The head of an answer that the gateway makes. No value may hold CR or LF: values are ours or checked."""
+    lines = "".join([f"{name}: {value}\r\n" for name, value in fields])
+    return f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}\r\n{lines}\r\n".encode("latin-1")
+
+
+def without_fields(lines: str, prefixes: tuple[str, ...]) -> str:
+    """`lines` less those whose lower-case name begins with one of `prefixes`."""
+    kept = [line for line in lines.split("\r\n") if line and not line.lower().startswith(prefixes)]
+    return "\r\n".join([*kept, ""])

@@ -1,0 +1,281 @@
+"""The data plane of a connection: an exchange goes to a backend, and what comes back goes to the caller.
+
+`Forwarding` is the sink of its upstream (upstream.py): bodies stream both ways inside the transports' callbacks, and
+when one side's buffer is full the other side is not read.
+"""
+
+from collections.abc import Mapping
+
+from lucid.core.exchange import Exchange, Phase, Refusal, Source
+from lucid.core.rules.breaker import FAILURE_STATUSES, Outcome
+from lucid.core.rules.framing import CHUNKED, LAST_CHUNK, Answer, Fault, body_for, body_length, chunk
+from lucid.core.rules.headers import answer_head, upstream_head, without_fields
+from lucid.core.rules.routes import Route, forward_path
+from lucid.core.wire.connection import NEVER, Connection, Stage
+from lucid.core.wire.pool import Pool
+from lucid.core.wire.upstream import Failure, FailureKind, Upstream
+from lucid.errors import ErrorCode
+
+_FORWARD = Stage.FORWARD
+
+WAIT_SECONDS = 2.0
+"""For a place in the pool, on routes without a connect timeout."""
+
+_IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE"})
+
+_FAILURES: Mapping[FailureKind, ErrorCode] = {
+    FailureKind.CONNECT_TIMEOUT: ErrorCode.BACKEND_TIMEOUT,
+    FailureKind.TIMEOUT: ErrorCode.BACKEND_TIMEOUT,
+    FailureKind.OVERLOAD: ErrorCode.BACKEND_UNAVAILABLE,
+}
+
+
+class Forwarding(Connection):
+    """See the module."""
+
+    # --- towards the backend --------------------------------------------------------------------------------
+
+    def _forward(self, x: Exchange, route: Route) -> None:
+        pool = self._wire.backends[route.backend].choose()
+        x.endpoint = pool.label
+        upstream = pool.take()
+        if upstream is None:
+            self._wait_for(self._dial(x, route, pool))
+        else:
+            self._send_up(x, route, upstream, pool.authority)
+
+    async def _dial(self, x: Exchange, route: Route, pool: Pool) -> None:
+        connect = route.timeouts.connect
+        try:
+            upstream = await pool.acquire(connect_seconds=connect, wait_seconds=connect or WAIT_SECONDS)
+        except Failure as failure:
+            self._need = None
+            if self.exchange is x:
+                self.answer_failed(failure)
+            return
+        self._need = None
+        if self.exchange is not x or self._stage is not Stage.NEED:
+            pool.give_back(upstream)
+            return
+        try:
+            self._send_up(x, route, upstream, pool.authority)
+        except Exception:
+            self._fail_inside(x)
+
+    def _send_up(self, x: Exchange, route: Route, upstream: Upstream, authority: str) -> None:
+        head, target = x.head, x.target
+        assert head is not None and target is not None
+        length = head.length
+        data = upstream_head(
+            head, forward_path(route, target), authority=authority, vouched=self._vouched(x), length=length
+        )
+        self._stage = _FORWARD
+        self._upstream = upstream
+        self._release()
+        x.upstream_started = now = self._gateway.monotonic()
+        timeouts = route.timeouts
+        self.deadline = now + timeouts.head if timeouts.head else NEVER
+        if length == 0:
+            upstream.begin(self, head.method, data, True)
+            return
+        body = self._body = body_for(length)
+        content = b""
+        if self._buffer:
+            unread, self._buffer = self._buffer, b""
+            content = body.feed(unread)
+            if not self._body_is_sound(x, route, body, len(content)):
+                upstream.abort()
+                return
+        if self._eof and not body.done:
+            self._abandon()
+            self._close()
+            return
+        upstream.begin(self, head.method, data + self._coded(content, length, body.done), body.done)
+        if body.done:
+            self._buffer = body.rest
+            self._body = None
+
+    def _vouched(self, x: Exchange) -> str:
+        """The lines that only the gateway may say to a backend."""
+        head, principal = x.head, x.principal
+        assert head is not None and principal is not None
+        fields = head.fields
+        x.span_id = self._gateway.span()
+        who = (
+            f"X-User-Id: {principal.user_id}\r\nX-User-Role: {principal.role.label}\r\n"
+            if principal.user_id
+            else ""
+        )
+        state = (
+            "".join([f"tracestate: {value}\r\n" for value in fields.tracestate]) if x.trace_continued else ""
+        )
+        hops = self._gateway.policy.forwarded_for(x.peer, fields.forwarded_for)
+        return (
+            f"{who}X-Request-ID: {x.request_id}\r\ntraceparent: 00-{x.trace_id}-{x.span_id}-{x.trace_flags}\r\n{state}"
+            f"X-Forwarded-For: {hops}\r\nX-Forwarded-Proto: {self._wire.scheme}\r\nX-Forwarded-Host: {head.host}\r\n"
+        )
+
+    def _coded(self, content: bytes, length: int, done: bool) -> bytes:
+        if length != CHUNKED:
+            return content
+        return (chunk(content) if content else b"") + (LAST_CHUNK if done else b"")
+
+    def _stream_up(self, data: bytes) -> None:
+        """More of the request's body arrived."""
+        x, body, upstream = self.exchange, self._body, self._upstream
+        assert x is not None and body is not None and x.route is not None and x.head is not None
+        content = body.feed(data)
+        if not self._body_is_sound(x, x.route, body, len(content)):
+            return
+        if upstream is not None:
+            upstream.send(self._coded(content, x.head.length, body.done), body.done)
+            if not self._answering:
+                timeouts = x.route.timeouts
+                seconds = timeouts.head if body.done else timeouts.idle
+                self.deadline = self._gateway.monotonic() + seconds if seconds else NEVER
+        if body.done:
+            self._buffer = body.rest
+            self._body = None
+
+    # --- back from the backend (upstream.Sink) --------------------------------------------------------------
+
+    def interim(self, answer: Answer) -> None:
+        x = self.exchange
+        if x is not None and x.head is not None and x.head.minor and answer.status in (100, 103):
+            self._out.write(answer_head(answer, framing="", added=""))
+
+    def answer_begun(self, answer: Answer, content: bytes, done: bool) -> None:
+        x = self.exchange
+        assert x is not None and x.head is not None and x.route is not None
+        gateway = self._gateway
+        head = x.head
+        status = answer.status
+        x.status = status
+        x.phase = Phase.RESPOND
+        now = gateway.monotonic()
+        x.upstream_seconds = now - x.upstream_started
+        if status in FAILURE_STATUSES:
+            x.failed_by = Source.BACKEND
+            gateway.policy.settle(x, Outcome.FAILURE, now)
+        else:
+            gateway.policy.settle(x, Outcome.SUCCESS, now)
+        if self._body is not None:
+            # The caller's body is not wanted to its end: neither connection can be used again (9.3).
+            self._keep_alive = False
+        length = body_length(answer, head.method)
+        self._rechunk = False
+        if length >= 0:
+            if status == 204 or (answer.length < 0 and not length):
+                framing = ""
+            else:
+                framing = f"Content-Length: {answer.length}\r\n"
+        elif head.minor:
+            framing = "Transfer-Encoding: chunked\r\n"
+            self._rechunk = True
+        else:
+            framing = ""
+            self._keep_alive = False
+        if not self._keep_alive or self._wire.draining:
+            self._keep_alive = False
+            framing += "Connection: close\r\n"
+        elif not head.minor:
+            framing += "Connection: keep-alive\r\n"
+        claim = x.claim
+        limits = claim.fields(now).decode("latin-1") if claim is not None else ""
+        date = "" if answer.has_date else f"Date: {gateway.http_date()}\r\n"
+        added = f"{date}X-Request-ID: {x.request_id}\r\n{limits}"
+        self._answering = True
+        x.bytes_out = len(content)
+        if gateway.cors.enabled:
+            data = self._head_with_cors(x, answer, framing, added)
+        else:
+            data = answer_head(answer, framing=framing, added=added)
+        if done:
+            self._upstream = None
+            if content or self._rechunk:
+                data += self._recoded(content, True)
+            self._out.write(data)
+            self._end(x)
+            return
+        self._out.write(data + self._recoded(content, False) if content else data)
+        idle = x.route.timeouts.idle
+        self.deadline = now + idle if idle else NEVER
+
+    def _head_with_cors(self, x: Exchange, answer: Answer, framing: str, added: str) -> bytes:
+        assert x.head is not None
+        lines = without_fields(answer.forwarded, ("access-control-",))
+        fields = self._gateway.cors.answer_fields(x.head.fields.origin)
+        added += "".join([f"{name}: {value}\r\n" for name, value in fields])
+        return f"HTTP/1.1 {answer.status} {answer.reason}\r\n{lines}{framing}{added}\r\n".encode("latin-1")
+
+    def _recoded(self, content: bytes, done: bool) -> bytes:
+        if not self._rechunk:
+            return content
+        return (chunk(content) if content else b"") + (LAST_CHUNK if done else b"")
+
+    def answer_content(self, content: bytes, done: bool) -> None:
+        x = self.exchange
+        assert x is not None and x.route is not None
+        x.bytes_out += len(content)
+        data = self._recoded(content, done)
+        if data:
+            self._out.write(data)
+        if done:
+            self._upstream = None
+            self._end(x)
+        else:
+            idle = x.route.timeouts.idle
+            self.deadline = self._gateway.monotonic() + idle if idle else NEVER
+
+    def answer_failed(self, failure: Failure) -> None:
+        x = self.exchange
+        assert x is not None and x.route is not None and x.head is not None
+        self._upstream = None
+        gateway = self._gateway
+        now = gateway.monotonic()
+        if self._answering:
+            x.failed_by = Source.BACKEND
+            x.error = ErrorCode.BACKEND_BROKEN
+            gateway.policy.body_broke(x, now)
+            self._abort(x)
+            return
+        if failure.kind is FailureKind.STALE and x.head.length == 0 and x.head.method in _IDEMPOTENT:
+            self._forward(x, x.route)
+            return
+        # A pool without a place is our own limit, not the backend's fault.
+        neutral = failure.kind is FailureKind.OVERLOAD
+        gateway.policy.settle(x, Outcome.NEUTRAL if neutral else Outcome.FAILURE, now)
+        code = _FAILURES.get(failure.kind, ErrorCode.BACKEND_BROKEN)
+        fields: tuple[tuple[str, str], ...] = (("Proxy-Status", f"lucid; error={failure.kind.value}"),)
+        if code is ErrorCode.BACKEND_UNAVAILABLE:
+            fields = (("Retry-After", "1"), *fields)
+        details = {"backend": x.route.backend, "reason": failure.kind.value}
+        self._refuse(x, Refusal(code, details=details, fields=fields, source=Source.BACKEND))
+
+    def upstream_full(self) -> None:
+        if not self._hold:
+            self._hold = True
+            self._out.pause_reading()
+
+    def upstream_ready(self) -> None:
+        self._release()
+
+    def _answer_goes_on(self) -> None:
+        x = self.exchange
+        if x is not None and x.route is not None and self._answering:
+            idle = x.route.timeouts.idle
+            self.deadline = self._gateway.monotonic() + idle if idle else NEVER
+
+    def _expire_forward(self, x: Exchange) -> None:
+        if self._full:
+            # It is the caller that does not read, not the backend that does not send.
+            self._abandon()
+            self._stage = Stage.CLOSED
+            self._out.abort()
+            return
+        if self._body is not None and not self._answering:
+            self._break_off(x, self._gateway.parse_refusal(Fault(408, "the body did not arrive in time")))
+            return
+        if self._upstream is not None:
+            self._upstream.abort()
+        self.answer_failed(Failure(FailureKind.TIMEOUT, "the backend did not answer in time"))
