@@ -6,7 +6,7 @@ from typing import Any, Final
 from sanic import HTTPResponse, Request, Sanic
 from sanic.exceptions import SanicException
 from sanic.handlers import ErrorHandler
-from sanic.response import raw
+from sanic.response import BaseHTTPResponse, raw
 
 from lucid.core.exchange import Exchange, Source
 from lucid.core.gateway import Gateway
@@ -44,9 +44,15 @@ class EnvelopeHandler(ErrorHandler):
             x.error = error.code
             x.failed_by = Source.GATEWAY if error.code.status >= 500 else Source.CALLER
         body = envelope(
-            error.code, str(error), error.details, x.request_id if x is not None else "", self._gateway.timestamp()
+            error.code,
+            str(error),
+            error.details,
+            x.request_id if x is not None else "",
+            self._gateway.timestamp(),
         )
-        return raw(body, status=error.code.status, headers=dict(error.fields), content_type="application/json")
+        return raw(
+            body, status=error.code.status, headers=dict(error.fields), content_type="application/json"
+        )
 
     @staticmethod
     def log(request: Request, exception: Exception) -> None:
@@ -57,7 +63,7 @@ def install(app: Sanic[Any, Any], gateway: Gateway) -> None:
     """Make all answers of `app` the gateway's: call once, before it serves."""
     app.error_handler = EnvelopeHandler(gateway)
 
-    async def add_fields(request: Request, response: HTTPResponse) -> None:
+    async def add_fields(request: Request, response: BaseHTTPResponse) -> None:
         x = _exchange(request)
         if x is None:
             return

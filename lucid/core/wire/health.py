@@ -4,6 +4,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 
+Check = Callable[[], Awaitable[bool]]
+
 _log = logging.getLogger("lucid.health")
 
 INTERVAL_SECONDS = 2.0
@@ -17,7 +19,7 @@ class HealthMonitor:
     line in the log; none is repeated.
     """
 
-    def __init__(self, checks: Mapping[str, Callable[[], Awaitable[bool]]]) -> None:
+    def __init__(self, checks: Mapping[str, Check]) -> None:
         self._checks = checks
         self._states: dict[str, str] = dict.fromkeys(checks, "unknown")
 
@@ -47,7 +49,7 @@ class HealthMonitor:
             else:
                 _log.warning("%s is away: %s", name, reason)
 
-    async def _one(self, check: Callable[[], Awaitable[bool]]) -> tuple[bool, str]:
+    async def _one(self, check: Check) -> tuple[bool, str]:
         try:
             async with asyncio.timeout(DEADLINE_SECONDS):
                 return await check() is True, "its check failed"

@@ -119,6 +119,7 @@ class _Inbox:
             await self._next(seconds)
 
     async def _next(self, seconds: float | None) -> None:
+        """Wait until something came; raises what went wrong, once all that came before it was taken."""
         if self.failure is not None:
             raise _as_httpx(self.failure)
         self._wake.clear()
@@ -127,8 +128,6 @@ class _Inbox:
         except TimeoutError:
             self.abort()
             raise httpx.ReadTimeout("the backend did not answer in time") from None
-        if self.failure is not None and not self._pieces:
-            raise _as_httpx(self.failure)
 
     def abort(self) -> None:
         upstream, self._upstream = self._upstream, None

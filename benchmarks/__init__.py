@@ -1,0 +1,1 @@
+"""The benchmark suite: the gateway and its peers, side by side, in one run on one machine."""

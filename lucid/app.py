@@ -1,0 +1,299 @@
+"""The composition root: the only file that knows all others.
+
+`create_app` builds one worker's gateway from its settings. Nothing connects while it is built: MongoDB, Redis and
+every backend may be down, the worker serves all the same and readiness says what is missing.
+"""
+
+import asyncio
+import datetime as dt
+import logging
+import random
+import ssl
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import httpx
+from sanic import Sanic
+
+from lucid import logs
+from lucid.blueprints import access, answers, auth, health, meta, rate_limits, users
+from lucid.core.exchange import Limit
+from lucid.core.gateway import Gateway
+from lucid.core.policy import Policy
+from lucid.core.rules.addresses import TrustedProxies
+from lucid.core.rules.breaker import BreakerState, CircuitBreaker, Transition
+from lucid.core.rules.cors import Cors
+from lucid.core.rules.keys import KeyMemory
+from lucid.core.rules.routes import Route, RouteTable
+from lucid.core.rules.tokens import TokenMemory
+from lucid.core.security.jwt import TokenIssuer, TokenVerifier
+from lucid.core.wire.access_log import AccessLog, write_to
+from lucid.core.wire.connection import Wire
+from lucid.core.wire.control_channel import ControlChannel
+from lucid.core.wire.health import Check, HealthMonitor
+from lucid.core.wire.lease_store import LeaseStore
+from lucid.core.wire.pool import Balancer, Pool
+from lucid.core.wire.redis_link import RedisLink, new_holder
+from lucid.core.wire.tasks import Tasks
+from lucid.core.wire.transport import PoolTransport
+from lucid.database.api_key_repository import ApiKeyRepository
+from lucid.database.connection import Connection
+from lucid.database.indexes import Indexes
+from lucid.database.refresh_token_repository import RefreshTokenRepository
+from lucid.database.user_repository import UserRepository
+from lucid.services.auth_service import AuthService
+from lucid.services.challenges import Challenges
+from lucid.services.rate_limit_service import RateLimitService
+from lucid.services.revocations import Revocations
+from lucid.services.signing_keys import SigningKeys
+from lucid.services.user_service import UserService
+from lucid.settings import BackendSettings, RateSettings, Settings
+
+SWEEP_SECONDS = 0.25
+FLUSH_SECONDS = 0.5
+DRAIN_NOTICE_SECONDS = 0.5
+"""Between failing readiness and refusing to keep connections: what is on its way still gets its answer."""
+REMEMBERED_TOKENS = 50_000
+NO_TIMEOUT_SECONDS = 300.0
+"""What a breaker allows a trial on a route that has no timeout."""
+
+_log = logging.getLogger("lucid.app")
+
+
+def create_app(settings: Settings) -> Sanic[Any, Any]:
+    """One worker's application, to be served with `GatewayProtocol`."""
+    logs.set_up(settings.server)
+    app: Sanic[Any, Any] = Sanic("lucid", configure_logging=False)
+    app.config.update(
+        {"AUTO_EXTEND": False, "ACCESS_LOG": False, "REAL_IP_HEADER": None, "FALLBACK_ERROR_FORMAT": "json"}
+    )
+
+    # --- what is known and what is decided: core/rules, core/policy ---
+    limits = _limits(settings.rates)
+    backends = {backend.name: _balancer(backend) for backend in settings.backends}
+    breakers = {backend.name: _breaker(backend.name, settings) for backend in settings.backends}
+    verifier = TokenVerifier(settings.tokens)
+    tokens = TokenMemory(
+        verifier.verify, time.time, REMEMBERED_TOKENS, leeway_seconds=settings.tokens.leeway_seconds
+    )
+    keys = KeyMemory()
+    cors = Cors(settings.server.cors_origins, settings.server.cors_allow_credentials)
+    own = access.own_routes(limits)
+    routes = RouteTable.build((*own, *(Route.from_settings(route) for route in settings.routes)))
+
+    # --- what has a socket: core/wire, database ---
+    holder = new_holder()
+    redis = RedisLink(settings.stores.redis_uri)
+    control = ControlChannel(redis, holder)
+    leases = LeaseStore(redis, holder, control, fleet_told=settings.server.workers)
+    mongodb = Connection(settings.stores.mongodb_uri)
+    indexes = Indexes(mongodb)
+
+    # --- what people and operators do: services ---
+    named = {limit.name: limit for route in routes.routes for limit in route.limits}
+    rate_limit_service = RateLimitService(leases, {**named, **limits})
+    revocations = Revocations(redis.commands, tokens, partial(_publish, control, "revocation"), time.time)
+    control.subscribe("revocation", revocations.on_revocation, revocations.load_revocations)
+    accounts = UserRepository(mongodb, indexes)
+    auth_service = AuthService(
+        users=accounts,
+        refresh_tokens=RefreshTokenRepository(mongodb),
+        api_keys=ApiKeyRepository(mongodb, indexes),
+        challenges=Challenges(redis.commands, settings.server.public_origin, time.time),
+        revocations=revocations,
+        issuer=TokenIssuer(settings.tokens),
+        memory=tokens,
+        settings=settings.tokens,
+        admin_addresses=settings.server.admin_tron_addresses,
+        charge=rate_limit_service.charge,
+    )
+    user_service = UserService(accounts, settings.server.admin_tron_addresses)
+
+    # --- a request's life: core/gateway ---
+    policy = Policy(
+        routes=routes,
+        tiers=[limits[name] for name in ("public", "authenticated", "admin") if name in limits],
+        tokens=tokens,
+        keys=keys,
+        leases=leases.leases,
+        breakers=breakers,
+        cors=cors,
+        proxies=TrustedProxies(settings.server.trusted_networks, settings.server.trusted_hops),
+        jitter=random.random,
+    )
+    secure = bool(settings.server.tls_cert_file)
+    access_log = AccessLog(
+        write=write_to(sys.stderr.fileno()), utc_now=_utc_now, text=settings.server.log_format == "text"
+    )
+    gateway = Gateway(
+        policy,
+        cors=cors,
+        keys=keys,
+        admit=leases.admit,
+        look_up=auth_service.look_up_api_key,
+        recorder=access_log,
+        monotonic=time.monotonic,
+        utc_now=_utc_now,
+        random_bits=random.getrandbits,
+        secure=secure,
+    )
+    wire = app.ctx.wire = Wire(gateway, backends, scheme="https" if secure else "http")
+
+    # --- HTTP for people: blueprints ---
+    checks: dict[str, Check] = {"mongodb": mongodb.ping, "redis": partial(_redis_answers, redis)}
+    for backend in settings.backends:
+        checks[backend.name] = partial(
+            _backend_answers, backend, backends[backend.name], breakers[backend.name]
+        )
+    monitor = HealthMonitor(checks)
+    tasks = Tasks()
+    serving = False
+
+    def readiness() -> tuple[bool, list[str]]:
+        return serving and not wire.draining, monitor.missing()
+
+    answers.install(app, gateway)
+    app.blueprint(
+        [
+            health.blueprint(monitor.dependencies, readiness),
+            meta.blueprint(),
+            auth.blueprint(auth_service),
+            users.blueprint(user_service),
+            rate_limits.blueprint(rate_limit_service),
+        ]
+    )
+
+    # --- a worker's life ---
+    async def start(_: Sanic[Any, Any]) -> None:
+        nonlocal serving
+        await control.start()
+        await leases.start()
+        tasks.every("sweep", SWEEP_SECONDS, lambda: wire.sweep(time.monotonic()))
+        tasks.every("access log", FLUSH_SECONDS, access_log.flush)
+        tasks.start("health", monitor.run)
+        tasks.start("indexes", indexes.keep_trying)
+        if settings.tokens.jwks_url:
+            tasks.start(
+                "signing keys", SigningKeys(settings.tokens.jwks_url, _fetch, verifier, tokens).keep_fresh
+            )
+        serving = True
+
+    async def drain(_: Sanic[Any, Any]) -> None:
+        nonlocal serving
+        serving = False
+        await asyncio.sleep(DRAIN_NOTICE_SECONDS)
+        wire.drain()
+
+    async def stop(_: Sanic[Any, Any]) -> None:
+        await tasks.stop()
+        await leases.stop()
+        await control.stop()
+        for balancer in backends.values():
+            balancer.close()
+        mongodb.close()
+        await redis.close()
+        access_log.flush()
+
+    app.register_listener(start, "before_server_start")
+    app.register_listener(drain, "before_server_stop")
+    app.register_listener(stop, "after_server_stop")
+    return app
+
+
+def _limits(rates: RateSettings) -> Mapping[str, Limit]:
+    """The platform's named limits that are on (above 0)."""
+
+    def limit(name: str, requests: int, per: Any = "user") -> Limit:
+        return Limit(name, requests, rates.window_seconds, rates.redis_down, per)
+
+    every: Iterable[Limit] = (
+        limit("public", rates.public),
+        limit("authenticated", rates.authenticated),
+        limit("admin", rates.admin),
+        limit("login", rates.login, "address"),
+        limit("refresh", rates.refresh),
+        limit("chain", rates.chain),
+    )
+    return {each.name: each for each in every if each.requests}
+
+
+def _balancer(backend: BackendSettings) -> Balancer:
+    tls = ssl.create_default_context() if any(e.scheme == "https" for e in backend.endpoints) else None
+    pools = [
+        Pool(
+            scheme=endpoint.scheme,
+            host=endpoint.host,
+            port=endpoint.port,
+            max_connections=backend.max_connections,
+            monotonic=time.monotonic,
+            tls=tls,
+        )
+        for endpoint in backend.endpoints
+    ]
+    return Balancer(backend.name, pools)
+
+
+def _breaker(name: str, settings: Settings) -> CircuitBreaker:
+    circuit = settings.circuit
+    # A trial must have the time that the slowest of the backend's routes gives a request.
+    patience = [
+        (route.timeouts.connect or NO_TIMEOUT_SECONDS) + (route.timeouts.head or NO_TIMEOUT_SECONDS)
+        for route in settings.routes
+        if route.backend == name
+    ]
+    breaker = CircuitBreaker(
+        name,
+        failure_threshold=circuit.failure_threshold,
+        recovery_timeout=circuit.recovery_seconds,
+        success_threshold=circuit.success_threshold,
+        trial_timeout=max(patience, default=0.0) + 5.0,
+        jitter=random.random,
+    )
+    breaker.subscribe(_say_transition)
+    return breaker
+
+
+def _say_transition(transition: Transition) -> None:
+    _log.warning(
+        "the breaker of %s went from %s to %s: %s (mode %s)",
+        transition.name,
+        transition.old.value,
+        transition.new.value,
+        transition.reason.value,
+        transition.mode.value,
+    )
+
+
+async def _publish(control: ControlChannel, kind: str, body: Mapping[str, Any]) -> None:
+    await control.publish(kind, body)
+
+
+async def _redis_answers(redis: RedisLink) -> bool:
+    return bool(await redis.commands.ping())
+
+
+async def _backend_answers(backend: BackendSettings, balancer: Balancer, breaker: CircuitBreaker) -> bool:
+    """An active check where the backend has a path for it, over the same pool; else what its breaker has seen."""
+    if not backend.health_path:
+        return breaker.snapshot(time.monotonic()).state is BreakerState.CLOSED
+    # No breaker here: a check that it refuses would keep a backend that has recovered away for longer.
+    transport = PoolTransport(balancer, None, time.monotonic)
+    async with httpx.AsyncClient(
+        transport=transport, base_url=f"http://{backend.name}", timeout=2.0
+    ) as client:
+        return (await client.get(backend.health_path)).is_success
+
+
+async def _fetch(url: str) -> bytes:
+    """The body of a 200 answer, for keys that are kept elsewhere. No proxies of the environment, no redirects."""
+    async with httpx.AsyncClient(trust_env=False, timeout=5.0) as client:
+        response = await client.get(url)
+        response.raise_for_status()
+        return response.content
+
+
+def _utc_now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)

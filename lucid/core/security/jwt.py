@@ -1,0 +1,351 @@
+"""Access tokens: JWS compact (RFC 7515) with one algorithm, pinned by the settings.
+
+PyJWT and cryptography do the mathematics. The few lines that read the compact form and the claims stand
+here, because each step is stricter than a general library can be: the token is refused unread over 4,096
+bytes, its base64url must be canonical, its `alg` must be *the* algorithm (RFC 8725, 3.1: no `none`, no
+public key used as a secret), and the claims must have their exact types.
+"""
+
+import base64
+import binascii
+import json
+import re
+import time
+from collections.abc import Callable
+from typing import Any, Final, Literal
+
+import jwt
+import msgspec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+from jwt.algorithms import get_default_algorithms
+
+from lucid.core.exchange import ROLES, Principal, Role
+from lucid.core.security import nonces
+from lucid.core.security.roles import TIERS
+from lucid.errors import ErrorCode, GatewayError
+from lucid.settings import TokenSettings
+
+MAX_TOKEN_BYTES: Final = 4_096
+MIN_SECRET_BYTES: Final = 32
+"""RFC 7518, 3.2: an HS256 key has at least the size of its hash."""
+MIN_RSA_BITS: Final = 2_048
+"""RFC 7518, 3.3."""
+MAX_JWKS_KEYS: Final = 32
+
+_COMPACT: Final = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)")
+# sub goes into X-User-Id and into Redis keys, sid and jti into channel messages: visible ASCII, bounded.
+_NAME: Final = re.compile(r"[\x21-\x7e]{1,128}")
+_NEWEST_SECONDS: Final = float(2**53)
+
+
+class KeyMaterialError(ValueError):
+    """Key material that cannot be used. `field` is the environment's name for it; no key is in the text."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+        self.reason = reason
+
+
+class IssuedToken(msgspec.Struct, frozen=True):
+    """A signed access token and what the caller tells about it."""
+
+    token: str
+    token_id: str
+    issued_at: float
+    expires_at: int
+    """Seconds since the epoch, both."""
+
+    def __repr__(self) -> str:
+        return f"IssuedToken(token_id={self.token_id!r}, token=***)"
+
+
+class _Header(msgspec.Struct):
+    alg: str
+    kid: str | msgspec.UnsetType = msgspec.UNSET
+    crit: Any = msgspec.UNSET
+    b64: Any = msgspec.UNSET
+
+
+class _Claims(msgspec.Struct):
+    sub: str
+    role: str
+    sid: str
+    jti: str
+    iat: int | float
+    exp: int | float
+    iss: str
+    aud: str | list[str]
+    typ: Literal["access"]
+    nbf: int | float = 0
+
+
+class TokenIssuer:
+    """Signs access tokens with the configured secret or private key.
+
+    Raises `KeyMaterialError` when the key that the settings hold cannot be used. With keys that only verify
+    it can be made, but `can_issue` is false and `issue` raises NOT_IMPLEMENTED.
+    """
+
+    def __init__(self, settings: TokenSettings) -> None:
+        self._settings = settings
+        self._key: Any = None
+        if settings.algorithm == "HS256":
+            if settings.secret_key:
+                self._key = _secret("JWT_SECRET_KEY", settings.secret_key)
+        elif settings.private_key:
+            self._key = _private_key("JWT_PRIVATE_KEY", settings.private_key, settings.algorithm)
+
+    @property
+    def can_issue(self) -> bool:
+        return self._key is not None
+
+    @property
+    def access_seconds(self) -> int:
+        return self._settings.access_minutes * 60
+
+    def issue(
+        self, *, user_id: str, role: Role, family: str, now: float, minutes: int | None = None
+    ) -> IssuedToken:
+        """A new token that lives `minutes`, or as long as the settings say. `now`: seconds since the epoch.
+
+        Raises ValueError for a `user_id` or `family` that is not 1 to 128 characters of visible ASCII.
+        `jti` carries the moment in milliseconds (UUID version 7) because `iat` has whole seconds: a token
+        issued in the second in which all earlier ones were revoked must be told from those.
+        """
+        if self._key is None:
+            raise GatewayError(
+                ErrorCode.NOT_IMPLEMENTED,
+                "This gateway holds keys that verify tokens only; it cannot issue any",
+            )
+        if _NAME.fullmatch(user_id) is None or _NAME.fullmatch(family) is None:
+            raise ValueError("a user id must be 1 to 128 characters of visible ASCII")
+        settings = self._settings
+        token_id = nonces.timed_id(now)
+        expires_at = int(now) + (self.access_seconds if minutes is None else minutes * 60)
+        claims = {
+            "sub": user_id,
+            "role": role.label,
+            "sid": family,
+            "jti": token_id,
+            "iat": int(now),
+            "exp": expires_at,
+            "iss": settings.issuer,
+            "aud": settings.audience,
+            "typ": "access",
+        }
+        token = jwt.encode(claims, self._key, algorithm=settings.algorithm)
+        return IssuedToken(token, token_id, nonces.moment_of(token_id) or now, expires_at)
+
+
+class TokenVerifier:
+    """Says whose a token is. A bad token is a verdict, never an exception.
+
+    Raises `KeyMaterialError` when made with unusable keys. With `jwks_url` it knows no key until
+    `load_jwks` was called.
+    """
+
+    def __init__(self, settings: TokenSettings, wall_clock: Callable[[], float] = time.time) -> None:
+        self._settings = settings
+        self._wall_clock = wall_clock
+        self._algorithm = get_default_algorithms()[settings.algorithm]
+        self._fixed = _verification_keys(settings)
+        self._keys: tuple[tuple[str, Any], ...] = self._fixed
+        self._decode_header = msgspec.json.Decoder(_Header).decode
+        self._decode_claims = msgspec.json.Decoder(_Claims).decode
+
+    def load_jwks(self, document: bytes) -> int:
+        """Take the usable keys of a JWK set (RFC 7517, 5) beside the configured ones; how many were usable.
+
+        Keys of another type, use or algorithm are passed over, as the RFC says. Raises `KeyMaterialError`
+        for a text that is no JWK set or has no usable key: the keys held so far stay. Call
+        `TokenMemory.forget` afterwards.
+        """
+        usable = _jwks_keys(document, self._settings.algorithm)
+        self._keys = (*self._fixed, *usable)
+        return len(usable)
+
+    def verify(self, token: str) -> Principal | ErrorCode:
+        """The caller, or CREDENTIAL_EXPIRED, or BAD_CREDENTIAL for all else. Knows no revocations."""
+        if len(token) > MAX_TOKEN_BYTES:
+            return ErrorCode.BAD_CREDENTIAL
+        parts = _COMPACT.fullmatch(token)
+        if parts is None:
+            return ErrorCode.BAD_CREDENTIAL
+        try:
+            header = self._decode_header(_from_base64url(parts[1]))
+            signature = _from_base64url(parts[3])
+            if header.alg != self._settings.algorithm or header.crit is not msgspec.UNSET:
+                return ErrorCode.BAD_CREDENTIAL
+            if header.b64 is not msgspec.UNSET or not self._signed(
+                token, parts.end(2), signature, header.kid
+            ):
+                return ErrorCode.BAD_CREDENTIAL
+            claims = self._decode_claims(_from_base64url(parts[2]))
+        except (ValueError, msgspec.DecodeError, RecursionError):
+            return ErrorCode.BAD_CREDENTIAL
+        return self._judge(claims)
+
+    def _signed(self, token: str, signed_end: int, signature: bytes, kid: str | msgspec.UnsetType) -> bool:
+        signed = token[:signed_end].encode("ascii")
+        keys = self._keys
+        if kid is not msgspec.UNSET and any(name == kid for name, _ in keys):
+            keys = tuple(pair for pair in keys if pair[0] == kid)
+        return any(self._algorithm.verify(signed, key, signature) for _, key in keys)
+
+    def _judge(self, claims: _Claims) -> Principal | ErrorCode:
+        settings = self._settings
+        now = self._wall_clock()
+        role = ROLES.get(claims.role)
+        audience = (claims.aud,) if isinstance(claims.aud, str) else claims.aud
+        if (
+            role is None
+            or claims.iss != settings.issuer
+            or settings.audience not in audience
+            or _NAME.fullmatch(claims.sub) is None
+            or _NAME.fullmatch(claims.sid) is None
+            or _NAME.fullmatch(claims.jti) is None
+            or not (0 <= claims.iat <= now + settings.leeway_seconds)
+            or not (0 <= claims.nbf <= now + settings.leeway_seconds)
+            or not (claims.iat < claims.exp < _NEWEST_SECONDS)
+        ):
+            return ErrorCode.BAD_CREDENTIAL
+        if now >= claims.exp + settings.leeway_seconds:
+            return ErrorCode.CREDENTIAL_EXPIRED
+        issued_at = float(claims.iat)
+        exact = nonces.moment_of(claims.jti)
+        if exact is not None and int(exact) == int(claims.iat):
+            issued_at = exact
+        return Principal(
+            role=role,
+            tier=TIERS[role],
+            identifier=claims.sub,
+            user_id=claims.sub,
+            family=claims.sid,
+            token_id=claims.jti,
+            issued_at=issued_at,
+            expires_at=float(claims.exp),
+            via="token",
+        )
+
+
+def key_faults(settings: TokenSettings) -> list[KeyMaterialError]:
+    """What is wrong with the key material, for the settings' own check; empty when it can be used."""
+    faults: list[KeyMaterialError] = []
+    for make in (TokenIssuer, TokenVerifier):
+        try:
+            make(settings)
+        except KeyMaterialError as fault:
+            if str(fault) not in [str(known) for known in faults]:
+                faults.append(fault)
+    return faults
+
+
+def _from_base64url(text: str) -> bytes:
+    """Strict base64url without padding; ValueError for a second spelling of the same bytes.
+
+    The last character may hold bits that belong to no byte (RFC 4648, 3.5); Python ignores them.
+    """
+    raw = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+    if base64.urlsafe_b64encode(raw).rstrip(b"=") != text.encode("ascii"):
+        raise binascii.Error("not canonical")
+    return raw
+
+
+def _verification_keys(settings: TokenSettings) -> tuple[tuple[str, Any], ...]:
+    """Every configured key that verifies, the current one first, each with an empty key id."""
+    algorithm = settings.algorithm
+    keys: list[Any] = []
+    if algorithm == "HS256":
+        if settings.jwks_url:
+            raise KeyMaterialError(
+                "JWKS_URL", "must be empty with JWT_ALGORITHM=HS256, whose keys are secrets"
+            )
+        if settings.secret_key:
+            keys.append(_secret("JWT_SECRET_KEY", settings.secret_key))
+        keys += [_secret("JWT_PREVIOUS_KEYS", text) for text in settings.previous_keys]
+    else:
+        if settings.private_key:
+            keys.append(_private_key("JWT_PRIVATE_KEY", settings.private_key, algorithm).public_key())
+        if settings.public_key:
+            keys.append(_public_key("JWT_PUBLIC_KEY", settings.public_key, algorithm))
+        keys += [_public_key("JWT_PREVIOUS_KEYS", text, algorithm) for text in settings.previous_keys]
+    if not keys and not settings.jwks_url:
+        wanted = "JWT_SECRET_KEY" if algorithm == "HS256" else "JWT_PRIVATE_KEY"
+        raise KeyMaterialError(wanted, f"must be given: no key for {algorithm}")
+    return tuple(("", key) for key in keys)
+
+
+def _secret(field: str, text: str) -> bytes:
+    secret = text.encode("utf-8")
+    if len(secret) < MIN_SECRET_BYTES:
+        raise KeyMaterialError(field, f"must have at least {MIN_SECRET_BYTES} bytes")
+    if b"-----BEGIN " in secret:
+        raise KeyMaterialError(field, "must be a secret with HS256, not a key file")
+    return secret
+
+
+def _pem(text: str) -> bytes:
+    # Environments that hold one line per variable carry a PEM with its line ends escaped.
+    return text.replace("\\n", "\n").strip().encode("utf-8")
+
+
+def _private_key(field: str, text: str, algorithm: str) -> Any:
+    try:
+        key = load_pem_private_key(_pem(text), password=None)
+    except (ValueError, TypeError) as error:
+        raise KeyMaterialError(field, "must be an unencrypted private key in PEM") from error
+    _check_kind(field, key.public_key(), algorithm)
+    return key
+
+
+def _public_key(field: str, text: str, algorithm: str) -> Any:
+    try:
+        key = load_pem_public_key(_pem(text))
+    except ValueError as error:
+        raise KeyMaterialError(field, "must be a public key in PEM") from error
+    _check_kind(field, key, algorithm)
+    return key
+
+
+def _check_kind(field: str, key: Any, algorithm: str) -> None:
+    """Raises `KeyMaterialError` unless this public key is one for `algorithm` (RFC 7518, 3.3 and 3.4; RFC
+    8037, 3.1).
+    """
+    if algorithm == "RS256":
+        if not isinstance(key, rsa.RSAPublicKey) or key.key_size < MIN_RSA_BITS:
+            raise KeyMaterialError(field, f"must be an RSA key of at least {MIN_RSA_BITS} bits for RS256")
+    elif algorithm == "ES256":
+        if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+            raise KeyMaterialError(field, "must be a key on the curve P-256 for ES256")
+    elif not isinstance(key, ed25519.Ed25519PublicKey):
+        raise KeyMaterialError(field, "must be an Ed25519 key for EdDSA")
+
+
+_KEY_TYPES: Final = {"RS256": "RSA", "ES256": "EC", "EdDSA": "OKP"}
+
+
+def _jwks_keys(document: bytes, algorithm: str) -> tuple[tuple[str, Any], ...]:
+    try:
+        entries = json.loads(document)["keys"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise KeyMaterialError("JWKS_URL", "did not answer with a JWK set") from error
+    if not isinstance(entries, list) or len(entries) > MAX_JWKS_KEYS:
+        raise KeyMaterialError("JWKS_URL", f"must answer with at most {MAX_JWKS_KEYS} keys")
+    usable: list[tuple[str, Any]] = []
+    for entry in entries:
+        if not isinstance(entry, dict) or entry.get("kty") != _KEY_TYPES.get(algorithm):
+            continue
+        if entry.get("use", "sig") != "sig" or entry.get("alg", algorithm) != algorithm or "d" in entry:
+            continue
+        try:
+            key = jwt.PyJWK(entry, algorithm=algorithm).key
+            _check_kind("JWKS_URL", key, algorithm)
+        except (jwt.PyJWTError, ValueError, TypeError):
+            continue
+        name = entry.get("kid", "")
+        usable.append((name if isinstance(name, str) else "", key))
+    if not usable:
+        raise KeyMaterialError("JWKS_URL", f"answered with no usable key for {algorithm}")
+    return tuple(usable)

@@ -1,0 +1,1 @@
+"""`lucid dev`: the gateway with everything around it, on one machine. The tests use its parts too."""

@@ -1,0 +1,88 @@
+"""Whether the gateway's dependencies answer, for `lucid check`: one try each, all at once."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from lucid.checks import mask_uri
+from lucid.settings import EndpointSettings, Settings
+
+TRY_SECONDS = 3.0
+
+
+async def probe(settings: Settings) -> list[tuple[str, str]]:
+    """Every dependency with what is wrong with it; empty: it answers. No secret is in the texts."""
+    stores = settings.stores
+    tries: list[tuple[str, Callable[[], Awaitable[object]]]] = [
+        (f"MongoDB {mask_uri(stores.mongodb_uri)}", lambda: _mongodb(stores.mongodb_uri)),
+        (f"Redis {mask_uri(stores.redis_uri)}", lambda: _redis(stores.redis_uri)),
+    ]
+    for backend in settings.backends:
+        for endpoint in backend.endpoints:
+            path = backend.health_path
+            tries.append((f"backend {backend.name} {endpoint.label}{path}", _backend_try(endpoint, path)))
+    for label, url in (
+        ("AUTH_SERVICE_URL", settings.auth_service_url),
+        ("JWKS_URL", settings.tokens.jwks_url),
+    ):
+        if url:
+            tries.append((f"{label} {url}", _get_try(url, below=500 if label == "AUTH_SERVICE_URL" else 300)))
+    faults = await asyncio.gather(*(_attempt(attempt) for _, attempt in tries))
+    return [(label, fault) for (label, _), fault in zip(tries, faults, strict=True)]
+
+
+async def _attempt(attempt: Callable[[], Awaitable[object]]) -> str:
+    try:
+        async with asyncio.timeout(TRY_SECONDS):
+            await attempt()
+    except TimeoutError:
+        return f"no answer within {TRY_SECONDS:.0f} s"
+    except Exception as error:  # noqa: BLE001  each driver has its own; all mean that it does not answer
+        reason = " ".join(str(error).split())
+        return mask_uri(reason)[:200] or type(error).__name__
+    return ""
+
+
+def _backend_try(endpoint: EndpointSettings, path: str) -> Callable[[], Awaitable[object]]:
+    if path:
+        return _get_try(endpoint.label + path, below=300)
+    return lambda: _connect(endpoint.host, endpoint.port)
+
+
+async def _connect(host: str, port: int) -> None:
+    _, writer = await asyncio.open_connection(host, port)
+    writer.close()
+    await writer.wait_closed()
+
+
+def _get_try(url: str, *, below: int) -> Callable[[], Awaitable[object]]:
+    async def get() -> None:
+        import httpx
+
+        async with httpx.AsyncClient(timeout=TRY_SECONDS) as client:
+            status = (await client.get(url)).status_code
+        if status >= below:
+            raise ConnectionError(f"answers {status}")
+
+    return get
+
+
+async def _mongodb(uri: str) -> None:
+    from lucid.database.connection import Connection
+
+    connection = Connection(uri)
+    try:
+        if not await connection.ping():
+            raise ConnectionError("does not answer")
+    finally:
+        connection.close()
+
+
+async def _redis(uri: str) -> None:
+    from lucid.core.wire.redis_link import RedisLink
+
+    link = RedisLink(uri)
+    try:
+        await link.commands.ping()
+    finally:
+        await link.commands.aclose(close_connection_pool=True)
+        await link.close()

@@ -1,0 +1,115 @@
+"""The texts that wallets sign: made here, kept in Redis for five minutes, spent once.
+
+The text is CAIP-122's. Its domain is that of PUBLIC_ORIGIN and never the Host field: a wallet shows it to
+its owner, who must see where the signature will be good. Redis rather than this worker's memory, because
+any worker of any pod may be asked to spend what another one gave out.
+"""
+
+import datetime as dt
+import hmac
+import re
+from collections.abc import Callable
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import msgspec
+
+from lucid.core.security import nonces
+from lucid.errors import rfc3339
+from lucid.services.stores import redis_border
+
+CHAIN_ID: Final = "tron:0x2b6653dc"
+STATEMENT: Final = "Sign in to Lucid. This costs nothing and sends no transaction."
+LIFETIME_SECONDS: Final = 300
+MAX_OUTSTANDING: Final = 128
+"""Per wallet address, the oldest go first. Anyone may ask for a challenge of any address, so the bound must
+not be within reach of a flooder while an owner is reading the text: at the public limit of 100 requests a
+minute it takes one network address 77 seconds to push a challenge out.
+"""
+
+_NONCE_LINE: Final = re.compile(r"^Nonce: ([0-9a-f]{32})$", re.MULTILINE)
+
+
+class Challenge(msgspec.Struct, frozen=True):
+    """What the caller gets: sign `message` as it is."""
+
+    message: str
+    nonce: str
+    expires_at: str
+
+
+class Challenges:
+    """Outstanding challenges. `redis` is a client of redis.asyncio, for one server or a cluster.
+
+    All methods raise GatewayError DEPENDENCY_AWAY.
+    """
+
+    def __init__(self, redis: Any, public_origin: str, wall_clock: Callable[[], float]) -> None:
+        self._redis = redis
+        self._origin = public_origin.rstrip("/")
+        self._domain = urlsplit(public_origin).netloc
+        self._wall_clock = wall_clock
+
+    async def make(self, address: str) -> Challenge:
+        """A new challenge for this TRON address, kept for five minutes."""
+        now = self._wall_clock()
+        nonce = nonces.challenge_nonce()
+        issued = dt.datetime.fromtimestamp(now, dt.UTC)
+        expires_at = rfc3339(issued + dt.timedelta(seconds=LIFETIME_SECONDS))
+        message = (
+            f"{self._domain} wants you to sign in with your TRON account:\n{address}\n\n{STATEMENT}\n\n"
+            f"URI: {self._origin}\nVersion: 1\nChain ID: {CHAIN_ID}\nNonce: {nonce}\n"
+            f"Issued At: {rfc3339(issued)}\nExpiration Time: {expires_at}"
+        )
+        outstanding = _outstanding_key(address)
+        with redis_border():
+            pipeline = self._redis.pipeline(transaction=False)
+            pipeline.set(_key(address, nonce), message, ex=LIFETIME_SECONDS)
+            pipeline.zremrangebyscore(outstanding, "-inf", now - LIFETIME_SECONDS)
+            pipeline.zadd(outstanding, {nonce: now})
+            pipeline.expire(outstanding, LIFETIME_SECONDS)
+            pipeline.zrange(outstanding, 0, -MAX_OUTSTANDING - 1)
+            excess = [_text(member) for member in (await pipeline.execute())[-1]]
+            if excess:
+                pipeline = self._redis.pipeline(transaction=False)
+                pipeline.delete(*(_key(address, old) for old in excess))
+                pipeline.zrem(outstanding, *excess)
+                await pipeline.execute()
+        return Challenge(message, nonce, expires_at)
+
+    async def find(self, address: str, message: str) -> str | None:
+        """The nonce of the outstanding challenge of this address whose whole text is `message`, else None."""
+        line = _NONCE_LINE.search(message)
+        if line is None:
+            return None
+        with redis_border():
+            stored = await self._redis.get(_key(address, line[1]))
+        if stored is None or not hmac.compare_digest(_text(stored).encode(), message.encode()):
+            return None
+        return line[1]
+
+    async def spend(self, address: str, nonce: str) -> bool:
+        """Spend a challenge; False where another login was faster. DEL counts what it removed: one caller
+        wins.
+        """
+        with redis_border():
+            pipeline = self._redis.pipeline(transaction=False)
+            pipeline.delete(_key(address, nonce))
+            pipeline.zrem(_outstanding_key(address), nonce)
+            return bool((await pipeline.execute())[0])
+
+
+# The braces are part of the keys: Redis Cluster puts what stands inside them into one slot, so that one DEL
+# may name several. No MULTI: nothing here must be atomic but the one DEL that spends, and redis-py's client
+# for clusters starts a thread for each command of a transaction.
+def _key(address: str, nonce: str) -> str:
+    return f"lucid:challenge:{{{address}}}:{nonce}"
+
+
+def _outstanding_key(address: str) -> str:
+    return f"lucid:challenges:{{{address}}}"
+
+
+def _text(value: str | bytes) -> str:
+    """What Redis answered, whether or not the client decodes answers."""
+    return value.decode() if isinstance(value, bytes) else value

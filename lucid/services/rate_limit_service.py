@@ -1,0 +1,135 @@
+"""What people and operators do with limits: see where they stand, look at a key, reset one; and limits that only a
+service knows to charge.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import msgspec
+
+from lucid.core.exchange import Limit, Principal
+from lucid.core.rules.addresses import identifier as address_identifier
+from lucid.core.rules.leases import Claim, LimitSet, Standing
+from lucid.core.wire.lease_store import LeaseStore, StoreAwayError
+from lucid.errors import ErrorCode, GatewayError
+
+_audit: Final = logging.getLogger("lucid.audit")
+
+
+class StandingView(msgspec.Struct, frozen=True):
+    """Where a caller stands with one limit; `remaining` holds if nobody else spends on it."""
+
+    name: str
+    limit: int
+    window_seconds: int
+    remaining: int
+    reset_seconds: int
+
+
+class StandingsView(msgspec.Struct, frozen=True):
+    tier: str
+    identifier: str
+    limits: tuple[StandingView, ...]
+
+
+class KeyView(msgspec.Struct, frozen=True):
+    """A key as Redis has it, for all workers: what was spent in the window, and what workers hold ready."""
+
+    name: str
+    identifier: str
+    limit: int
+    window_seconds: int
+    spent: int
+    held: int
+    remaining: int
+    reset_seconds: int
+
+
+class RateLimitService:
+    """One per worker, over its lease store. `limits` are the platform's and the routes' by name."""
+
+    def __init__(
+        self, store: LeaseStore, limits: Mapping[str, Limit], monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._store = store
+        self._limits = limits
+        self._monotonic = monotonic
+        self._sets = {name: LimitSet((limit,)) for name, limit in limits.items()}
+
+    def standing(self, principal: Principal, claim: Claim | None) -> StandingsView:
+        """Where the caller of this request stands, from this worker's memory."""
+        standings = self._store.peek(claim) if claim is not None else ()
+        return StandingsView(principal.tier, principal.identifier, tuple(_view(each) for each in standings))
+
+    async def look(self, name: str, identifier: str) -> KeyView:
+        """A key as Redis has it. Raises NOT_FOUND for an unknown limit, DEPENDENCY_AWAY."""
+        limit = self._limit(name)
+        identifier = _counted_by(limit, identifier)
+        try:
+            answer = await self._store.look(limit, identifier)
+        except StoreAwayError as error:
+            raise _away() from error
+        return KeyView(
+            name=name,
+            identifier=identifier,
+            limit=limit.requests,
+            window_seconds=limit.window_seconds,
+            spent=answer.spent,
+            held=answer.elsewhere,
+            remaining=answer.free,
+            reset_seconds=math.ceil(answer.free_ms / 1_000),
+        )
+
+    async def reset(self, name: str, identifier: str, by: Principal) -> None:
+        """Clear what was spent; every worker hears of it. Raises NOT_FOUND, DEPENDENCY_AWAY."""
+        limit = self._limit(name)
+        identifier = _counted_by(limit, identifier)
+        try:
+            await self._store.reset(limit, identifier)
+        except StoreAwayError as error:
+            raise _away() from error
+        fields = {"event": "limit_reset", "user_id": by.user_id, "limit": name, "identifier": identifier}
+        _audit.info("limit_reset", extra={"audit": fields})
+
+    async def charge(self, name: str, identifier: str) -> None:
+        """Charge one request to a named limit; a limit that is off charges nothing. Raises RATE_LIMITED."""
+        limits = self._sets.get(name)
+        if limits is None:
+            return
+        claim = self._store.leases.claim(limits, identifier, identifier)
+        if await self._store.admit(claim):
+            return
+        limit = limits.limits[0]
+        seconds = max(1, math.ceil(claim.retry_after(self._monotonic())))
+        raise GatewayError(
+            ErrorCode.RATE_LIMITED,
+            details={"limit": limit.requests, "window_seconds": limit.window_seconds, "name": name},
+            fields=(("Retry-After", str(seconds)),),
+        )
+
+    def _limit(self, name: str) -> Limit:
+        limit = self._limits.get(name)
+        if limit is None:
+            raise GatewayError(ErrorCode.NOT_FOUND, f"There is no limit named {name} here")
+        return limit
+
+
+def _counted_by(limit: Limit, text: str) -> str:
+    """Addresses are counted by their network where they are IPv6, and are given whole."""
+    return address_identifier(text) if limit.name == "public" or limit.per == "address" else text
+
+
+def _view(standing: Standing) -> StandingView:
+    limit = standing.limit
+    return StandingView(
+        limit.name, limit.requests, limit.window_seconds, standing.remaining, standing.reset_seconds
+    )
+
+
+def _away() -> GatewayError:
+    return GatewayError(
+        ErrorCode.DEPENDENCY_AWAY, details={"dependency": "redis"}, fields=(("Retry-After", "5"),)
+    )

@@ -1,0 +1,11 @@
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support import stores
+
+
+@pytest.fixture(scope="session")
+def mongo() -> Iterator[stores.MongoChild]:
+    with stores.mongodb() as child:
+        yield child

@@ -1,0 +1,259 @@
+"""How heads are spelled: ids, traces, and that nothing of a caller's or a backend's becomes a line of its own."""
+
+import re
+from typing import Any
+
+import h11
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lucid.core.rules.framing import CHUNKED, Answer, Head, Memo, parse_answer, parse_head
+from lucid.core.rules.headers import (
+    REASONS,
+    SECURITY_FIELDS,
+    answer_head,
+    own_head,
+    parent_trace,
+    sane_request_id,
+    upstream_head,
+    without_fields,
+)
+from lucid.errors import ErrorCode
+
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+SPAN = "00f067aa0ba902b7"
+VOUCHED = "X-User-Id: u1\r\nX-User-Role: user\r\n"
+
+
+def read(*lines: str, start: str = "GET /a HTTP/1.1") -> Head:
+    text = "".join(f"{line}\r\n" for line in (start, "Host: gateway.example", *lines, ""))
+    found = parse_head(text.encode("latin-1"), Memo())
+    assert isinstance(found, Head), found
+    return found
+
+
+def answer(*lines: str) -> Answer:
+    found = parse_answer("".join(f"{line}\r\n" for line in (*lines, "")).encode("latin-1"), Memo())
+    assert isinstance(found, Answer), found
+    return found
+
+
+def sent(head: Head, path: str = "/a", vouched: str = VOUCHED) -> bytes:
+    return upstream_head(head, path, authority="10.0.0.1:80", vouched=vouched, length=head.length)
+
+
+# --- ids and traces --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value", ["a", "0", ".", "A-Za-z0-9._-", "x" * 64, "6ba7b810-9dad-41d1-80b4-00c04fd430c8", "..", "-"]
+)
+def test_a_request_id_that_is_kept(value: str) -> None:
+    assert sane_request_id(value) == value
+
+
+# fmt: off
+@pytest.mark.parametrize("value", [
+    None, "", " ", "x" * 65, "a b", "a\n", "a\r\n", "\na", "a,b", "a/b", "a:b", "a\"", "a'", "<a>", "{a}", "a\0", "é", "\u00b2", "１", "%41",
+])
+# fmt: on
+def test_a_request_id_that_is_not(value: str | None) -> None:
+    assert sane_request_id(value) == ""
+
+
+# The cases of the W3C's own trace-context suite are among these.
+@pytest.mark.parametrize(
+    "value, flags",
+    [
+        (f"00-{TRACE}-{SPAN}-00", "00"),
+        (f"00-{TRACE}-{SPAN}-01", "01"),
+        (f"00-{'1' * 32}-{'0' * 15}1-01", "01"),
+        (f"cc-{TRACE}-{SPAN}-01", "01"),
+        (f"01-{TRACE}-{SPAN}-00-", "00"),
+        (f"cc-{TRACE}-{SPAN}-01-what-the-future-will-be-like", "01"),
+        (f"fe-{TRACE}-{SPAN}-01-.;\xff", "01"),
+    ],
+)
+def test_a_trace_that_goes_on(value: str, flags: str) -> None:
+    found = parent_trace(value)
+    assert found == (value[3:35], flags)
+
+
+@pytest.mark.parametrize("version", ["00", "01", "fe"])
+@pytest.mark.parametrize("flags, kept", [("ff", "03"), ("fc", "00"), ("80", "00"), ("05", "01"), ("02", "02")])
+def test_reserved_flags_are_set_to_zero_trace_context_2_2_2(version: str, flags: str, kept: str) -> None:
+    """The last two bits are defined (sampled, and random since level 2); others must not be propagated."""
+    assert parent_trace(f"{version}-{TRACE}-{SPAN}-{flags}") == (TRACE, kept)
+
+
+# fmt: off
+@pytest.mark.parametrize("value", [
+    None, "", "00", TRACE, f"00-{TRACE}-{SPAN}", f"00-{TRACE}-{SPAN}-", f"00-{TRACE}-{SPAN}-1", f"00-{TRACE}-{SPAN}-001",
+    f"ff-{TRACE}-{SPAN}-01", f"ff-{TRACE}-{SPAN}-01-x", f"FF-{TRACE}-{SPAN}-01", f"0-{TRACE}-{SPAN}-01", f"000-{TRACE}-{SPAN}-01",
+    f"0g-{TRACE}-{SPAN}-01", f".0-{TRACE}-{SPAN}-01", f"CC-{TRACE}-{SPAN}-01", f"00-{'0' * 32}-{SPAN}-01", f"00-{TRACE}-{'0' * 16}-01",
+    f"cc-{'0' * 32}-{SPAN}-01", f"cc-{TRACE}-{'0' * 16}-01", f"00-{TRACE.upper()}-{SPAN}-01", f"00-{TRACE}-{SPAN.upper()}-01",
+    f"00-{TRACE}-{SPAN}-0A", f"00-{TRACE}-{SPAN}-.0", f"00-{TRACE}0-{SPAN}-01", f"00-{TRACE[1:]}-{SPAN}-01", f"00-{TRACE}-{SPAN}0-01",
+    f"00-{TRACE}-{SPAN[1:]}-01", f"00-.{TRACE[1:]}-{SPAN}-01", f"00-{TRACE}-{SPAN}-01-", f"00-{TRACE}-{SPAN}-01-x",
+    f"cc-{TRACE}-{SPAN}-01.x", f"cc-{TRACE}-{SPAN}-01x", f"cc-{TRACE}-{SPAN}-011", f" 00-{TRACE}-{SPAN}-01", f"00-{TRACE}-{SPAN}-01 ",
+    f"00-{TRACE}-{SPAN}-01\n", f"cc-{TRACE}-{SPAN}-01-\n", f"00_{TRACE}_{SPAN}_01", f"00-{TRACE}-{SPAN}-01,00-{TRACE}-{SPAN}-01",
+    f"00-{'１' * 32}-{SPAN}-01",
+])
+# fmt: on
+def test_a_trace_that_begins_anew(value: str | None) -> None:
+    assert parent_trace(value) is None
+
+
+# --- towards a backend -----------------------------------------------------------------------------------
+
+
+def test_a_head_as_a_backend_gets_it() -> None:
+    head = read("Accept: */*", "X-User-Id: forged", "Connection: close", "Cookie: a=b", start="GET /a?b HTTP/1.1")
+    assert sent(head, "/stripped?b") == (
+        b"GET /stripped?b HTTP/1.1\r\nHost: 10.0.0.1:80\r\nAccept: */*\r\nCookie: a=b\r\n"
+        b"X-User-Id: u1\r\nX-User-Role: user\r\nVia: 1.1 lucid\r\n\r\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "start, lines, framing",
+    [
+        ("GET / HTTP/1.1", [], []),
+        ("GET / HTTP/1.1", ["Content-Length: 0"], []),
+        ("DELETE / HTTP/1.1", [], []),
+        ("OPTIONS * HTTP/1.1", [], []),
+        ("POST / HTTP/1.1", [], ["Content-Length: 0"]),
+        ("PUT / HTTP/1.0", ["Content-Length: 0"], ["Content-Length: 0"]),
+        ("PATCH / HTTP/1.1", ["Expect: 100-continue"], ["Content-Length: 0"]),
+        ("GET / HTTP/1.1", ["Content-Length: 007"], ["Content-Length: 7"]),
+        ("POST / HTTP/1.0", ["Content-Length: 7", "Expect: x"], ["Content-Length: 7"]),
+        ("POST / HTTP/1.1", ["Transfer-Encoding: Chunked"], ["Transfer-Encoding: chunked"]),
+        ("PUT / HTTP/1.1", ["Expect: 100-Continue", "Content-Length: 7"], ["Content-Length: 7", "Expect: 100-continue"]),
+        (
+            "GET / HTTP/1.1",
+            ["Expect: 100-continue", "Transfer-Encoding: chunked"],
+            ["Transfer-Encoding: chunked", "Expect: 100-continue"],
+        ),
+    ],
+)
+def test_how_a_body_is_announced_rfc_9110_8_6(start: str, lines: list[str], framing: list[str]) -> None:
+    """A length where the method gives content a meaning, none where it does not; 1.0 expects nothing (10.1.1)."""
+    found = sent(read(*lines, start=start), vouched="").decode().split("\r\n")
+    assert found[2:] == [*framing, "Via: 1.1 lucid", "", ""]
+    assert found[0] == f"{start.split()[0]} /a HTTP/1.1"
+
+
+def test_bytes_beyond_ascii_pass_as_they_are_rfc_9110_5_5() -> None:
+    octets = bytes(range(0x80, 0x100))
+    head = read(b"X-A: ".decode() + octets.decode("latin-1"))
+    assert b"\r\nX-A: " + octets + b"\r\n" in sent(head)
+    found = answer(f"HTTP/1.1 200 {octets.decode('latin-1')}", f"X-B: {octets.decode('latin-1')}")
+    assert answer_head(found, framing="", added="").splitlines() if False else True
+    assert answer_head(found, framing="", added="") == (
+        b"HTTP/1.1 200 " + octets + b"\r\nX-B: " + octets + b"\r\n\r\n"
+    )
+
+
+# Bytes that a caller, or a backend, may try to make lines of; lines come whole, so that many of them pass framing.
+noise = st.text(st.characters(max_codepoint=0xFF), max_size=6)
+pieces = st.sampled_from(
+    ["\r\n", "\n", "\r", "\0", "\x0b", "\x85", "\x1c", "\t", " ", ":", "X-User-Id: root", "Host: evil", "HTTP/1.1", "a"]
+)
+values = st.lists(pieces | noise, max_size=4).map("".join)
+names = st.sampled_from(
+    "X-A Cookie X-User-Id x_user_id X-USER_ROLE Host Connection Content-Length Transfer-Encoding Via tracestate "
+    "Origin X-Request-ID Expect Forwarded X-Forwarded-For Authorization".split()
+)
+lines = st.lists(st.builds("{}: {}".format, names, values) | values, max_size=4)
+
+
+def one_request(data: bytes) -> Any:
+    """What a strict parser reads; the head must be all that there is."""
+    connection = h11.Connection(h11.SERVER)
+    connection.receive_data(data)
+    request = connection.next_event()
+    assert isinstance(request, h11.Request)
+    assert connection.trailing_data[0] == b""
+    return request
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.sampled_from(["GET /a HTTP/1.1", "POST /a HTTP/1.0"]), lines)
+def test_nothing_that_passed_makes_a_line_of_its_own(start: str, more: list[str]) -> None:
+    text = "".join(f"{line}\r\n" for line in (start, "Host: gateway.example", *more, ""))
+    head = parse_head(text.encode("latin-1"), Memo())
+    if not isinstance(head, Head):
+        return
+    data = sent(head)
+    assert re.fullmatch(rb"(?:[^\r\n]+\r\n)+\r\n", data)
+    assert data.count(b"\r\n") <= text.count("\r\n") + 5
+    fields = one_request(data).headers
+    found = {name: [value for other, value in fields if other == name] for name, _ in fields}
+    assert found[b"host"] == [b"10.0.0.1:80"]
+    assert found[b"x-user-id"] == [b"u1"]
+    assert found[b"x-user-role"] == [b"user"]
+    assert [name for name, _ in fields][-3:] == [b"x-user-id", b"x-user-role", b"via"]
+    assert not {name.replace(b"_", b"-") for name in found if b"_" in name} & {b"x-user-id", b"x-user-role"}
+    assert (b"transfer-encoding" in found) == (head.length == CHUNKED)
+
+
+# --- back to the caller ----------------------------------------------------------------------------------
+
+
+def test_an_answer_as_the_caller_gets_it() -> None:
+    found = answer("HTTP/1.0 404 Not  Found", "X-A: 1", "Keep-Alive: x", "Set-Cookie: a", "Set-Cookie: b", "Content-Length: 3")
+    assert answer_head(found, framing="Content-Length: 3\r\n", added="X-Request-ID: r\r\n") == (
+        b"HTTP/1.1 404 Not  Found\r\nX-A: 1\r\nSet-Cookie: a\r\nSet-Cookie: b\r\nContent-Length: 3\r\nX-Request-ID: r\r\n\r\n"
+    )
+    assert answer_head(answer("HTTP/1.1 299"), framing="", added="") == b"HTTP/1.1 299 \r\n\r\n"
+
+
+@settings(deadline=None, max_examples=300)
+@given(values, st.lists(st.builds("{}: {}".format, st.sampled_from(["X-A", "Set-Cookie", "Location"]), values) | values, max_size=4))
+def test_nothing_of_a_backend_makes_a_line_of_its_own(reason: str, more: list[str]) -> None:
+    text = "".join(f"{line}\r\n" for line in (f"HTTP/1.1 200 {reason}", *more, ""))
+    found = parse_answer(text.encode("latin-1"), Memo())
+    if isinstance(found, Answer):
+        data = answer_head(found, framing="Content-Length: 0\r\n", added="X-Request-ID: r\r\n")
+        assert re.fullmatch(rb"(?:[^\r\n]+\r\n)+\r\n", data)
+        assert data.count(b"\r\n") <= text.count("\r\n") + 2
+        assert data.endswith(b"\r\nContent-Length: 0\r\nX-Request-ID: r\r\n\r\n")
+
+
+def test_an_answer_of_our_own() -> None:
+    assert own_head(431, [("A", "b"), ("C", "d, e")]) == (
+        b"HTTP/1.1 431 Request Header Fields Too Large\r\nA: b\r\nC: d, e\r\n\r\n"
+    )
+    assert own_head(204, []) == b"HTTP/1.1 204 No Content\r\n\r\n"
+    assert own_head(299, []) == b"HTTP/1.1 299 Unknown\r\n\r\n"
+
+
+def test_every_status_that_the_data_plane_answers_with_has_its_phrase_rfc_9110_15() -> None:
+    """4XXX are business rules: those answers are Sanic's."""
+    own = {code.status for code in ErrorCode if code.value[10] != "4"}
+    assert own | {204, 414, 417, 501, 505} <= REASONS.keys()
+
+
+def test_fields_of_our_own_answers_are_fit_to_send() -> None:
+    assert {name.lower(): value for name, value in SECURITY_FIELDS}["x-content-type-options"] == "nosniff"
+    head = own_head(200, list(SECURITY_FIELDS)).decode("ascii")
+    assert answer(*head.split("\r\n")[:-2]).forwarded.count("\r\n") == len(SECURITY_FIELDS)
+
+
+@pytest.mark.parametrize(
+    "text, prefixes, left",
+    [
+        ("", ("a",), ""),
+        ("A: 1\r\n", (), "A: 1\r\n"),
+        ("A: 1\r\nB: 2\r\n", ("a:",), "B: 2\r\n"),
+        ("A: 1\r\nB: 2\r\n", ("a", "b"), ""),
+        (
+            "ACCESS-Control-Allow-Origin: *\r\nVary: access-control-x\r\nX: 1\r\naccess-control-max-age: 1\r\nX:\r\n",
+            ("access-control-",),
+            "Vary: access-control-x\r\nX: 1\r\nX:\r\n",
+        ),
+        ("X: \xe9\r\nAccess-Control-A: \xe9\r\n", ("access-control-",), "X: \xe9\r\n"),
+    ],
+)
+def test_lines_less_some(text: str, prefixes: tuple[str, ...], left: str) -> None:
+    assert without_fields(text, prefixes) == left

@@ -1,0 +1,102 @@
+"""What a worker remembers about API keys, and for how long. Time is a number here."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lucid.core.exchange import Principal, Role
+from lucid.core.rules.keys import KeyMemory
+from lucid.errors import ErrorCode
+
+FOUND = Principal(Role.USER, "authenticated", "u1", user_id="u1", via="api_key")
+MISSED = ErrorCode.BAD_CREDENTIAL
+ANSWERS = [FOUND, MISSED]
+
+
+def digest(number: int) -> bytes:
+    return number.to_bytes(32)
+
+
+@pytest.mark.parametrize("answer, seconds", [(FOUND, 10.0), (MISSED, 5.0), (ErrorCode.CREDENTIAL_EXPIRED, 5.0)])
+def test_an_answer_is_known_for_its_seconds_and_no_longer(answer: Principal | ErrorCode, seconds: float) -> None:
+    keys = KeyMemory()
+    assert keys.get(digest(1), 100.0) is None
+    keys.put(digest(1), answer, 100.0)
+    for later in (0.0, seconds / 2, seconds - 0.125):
+        assert keys.get(digest(1), 100.0 + later) is answer
+    for later in (seconds, seconds + 0.125, 1e9):
+        assert keys.get(digest(1), 100.0 + later) is None
+    assert keys.get(digest(2), 100.0) is None
+
+
+def test_both_times_can_be_chosen() -> None:
+    keys = KeyMemory(found_seconds=2.0, missed_seconds=30.0)
+    keys.put(digest(1), FOUND, 0.0)
+    keys.put(digest(2), MISSED, 0.0)
+    assert [keys.get(digest(number), 2.0) for number in (1, 2)] == [None, MISSED]
+    assert keys.get(digest(2), 30.0) is None
+
+
+def test_a_look_does_not_prolong_what_is_known() -> None:
+    """Else a withdrawn key would live for as long as it is used."""
+    keys = KeyMemory()
+    keys.put(digest(1), FOUND, 0.0)
+    assert [keys.get(digest(1), float(now)) for now in range(12)] == [FOUND] * 10 + [None] * 2
+
+
+@pytest.mark.parametrize("first, second, until", [(FOUND, MISSED, 8.0), (MISSED, FOUND, 13.0), (FOUND, FOUND, 13.0)])
+def test_a_later_answer_takes_the_place_of_the_earlier(
+    first: Principal | ErrorCode, second: Principal | ErrorCode, until: float
+) -> None:
+    keys = KeyMemory()
+    keys.put(digest(1), first, 0.0)
+    keys.put(digest(1), second, 3.0)
+    assert len(keys) == 1
+    assert keys.get(digest(1), until - 0.125) is second
+    assert keys.get(digest(1), until) is None
+
+
+def test_where_there_is_no_room_the_oldest_answer_goes() -> None:
+    keys = KeyMemory(3)
+    for number in (1, 2, 3):
+        keys.put(digest(number), FOUND, float(number))
+    keys.put(digest(1), FOUND, 4.0)  # asked for again: now 2 is the oldest
+    assert len(keys) == 3
+    keys.put(digest(4), MISSED, 5.0)
+    assert [keys.get(digest(number), 5.0) for number in (1, 2, 3, 4)] == [FOUND, None, FOUND, MISSED]
+    assert len(keys) == 3
+
+
+def test_all_is_forgotten_when_anything_was_withdrawn() -> None:
+    keys = KeyMemory()
+    for number, answer in enumerate(ANSWERS):
+        keys.put(digest(number), answer, 0.0)
+    keys.forget_all()
+    assert len(keys) == 0
+    assert [keys.get(digest(number), 0.0) for number in (0, 1)] == [None, None]
+    keys.put(digest(0), FOUND, 0.0)
+    assert keys.get(digest(0), 0.0) is FOUND
+
+
+step = st.tuples(st.integers(0, 7), st.sampled_from([None, *ANSWERS]), st.sampled_from([0.0, 0.5, 1.0, 4.5]))
+
+
+@given(st.integers(1, 4), st.lists(step, max_size=60))
+def test_it_is_bounded_and_never_wrong(
+    capacity: int, steps: list[tuple[int, Principal | ErrorCode | None, float]]
+) -> None:
+    """Against the whole history: the last `capacity` keys that were asked for are known exactly until their time."""
+    keys = KeyMemory(capacity)
+    history: dict[int, tuple[float, Principal | ErrorCode]] = {}
+    now = 0.0
+    for number, answer, pause in steps:
+        now += pause
+        if answer is not None:
+            keys.put(digest(number), answer, now)
+            history.pop(number, None)
+            history[number] = (now + (10.0 if answer is FOUND else 5.0), answer)
+        recent = list(history)[-capacity:]
+        for key in range(8):
+            expected = history[key][1] if key in recent and now < history[key][0] else None
+            assert keys.get(digest(key), now) == expected
+        assert len(keys) == min(len(history), capacity)

@@ -1,0 +1,703 @@
+"""Login, refresh and logout over real stores, most of it with two workers."""
+
+import asyncio
+import datetime as dt
+import logging
+import uuid
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import msgspec
+import pytest
+
+from lucid.core.exchange import Principal, Role
+from lucid.core.security import api_keys, nonces
+from lucid.core.security.roles import PERMISSIONS
+from lucid.core.validation import HardwareWalletText
+from lucid.database.documents import ApiKeyDocument
+from lucid.errors import ErrorCode, GatewayError
+from lucid.services.auth_service import Caller, TokenPair, TokenReport
+from lucid.services.challenges import MAX_OUTSTANDING
+from lucid.services.revocations import KEY
+from lucid.settings import TokenSettings
+from tests.support.stores import MongoChild, RedisChild
+from tests.support.wallet import Wallet
+from tests.support.workers import CALLER, SETTINGS, Fleet, Worker, database_name, fleet_of
+
+Test = Callable[[Fleet, Worker, Worker], Awaitable[None]]
+Run = Callable[..., None]
+
+
+@pytest.fixture
+def run(mongo: MongoChild, redis_server: RedisChild) -> Run:
+    def runner(test: Test, **options: Any) -> None:
+        async def main() -> None:
+            uri = mongo.uri(database_name())
+            async with fleet_of(2, uri, redis_server.uri, **options) as (fleet, (a, b)):
+                await test(fleet, a, b)
+
+        asyncio.run(main())
+
+    return runner
+
+
+async def refused(code: ErrorCode, awaitable: Coroutine[Any, Any, Any]) -> GatewayError:
+    with pytest.raises(GatewayError) as caught:
+        await awaitable
+    assert caught.value.code is code
+    return caught.value
+
+
+async def outcome(awaitable: Coroutine[Any, Any, Any]) -> Any:
+    """The answer, or the code of the error."""
+    try:
+        return await awaitable
+    except GatewayError as error:
+        return error.code
+
+
+# ---- challenge
+
+
+def test_the_text_of_a_challenge(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        wallet = Wallet.generate()
+        challenge = await a.auth.challenge(wallet.address)
+        assert challenge.message == (
+            "gateway.lucid.example wants you to sign in with your TRON account:\n"
+            f"{wallet.address}\n\n"
+            "Sign in to Lucid. This costs nothing and sends no transaction.\n\n"
+            "URI: https://gateway.lucid.example\n"
+            "Version: 1\n"
+            "Chain ID: tron:0x2b6653dc\n"
+            f"Nonce: {challenge.nonce}\n"
+            "Issued At: 2030-01-01T00:00:00Z\n"
+            "Expiration Time: 2030-01-01T00:05:00Z"
+        )
+        assert challenge.expires_at == "2030-01-01T00:05:00Z"
+        assert len(bytes.fromhex(challenge.nonce)) == 16
+        assert (await b.auth.challenge(wallet.address)).nonce != challenge.nonce
+        for key in await a.redis.keys("*"):
+            assert key.startswith(b"lucid:challenge")
+            assert 290 < await a.redis.ttl(key) <= 300
+
+    run(test)
+
+
+def test_a_challenge_for_no_address(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        address = Wallet.generate().address
+        for bad in (address[:-1] + ("1" if address[-1] != "1" else "2"), "T" * 34, "", "x" * 20_000):
+            error = await refused(ErrorCode.BAD_FIELD, a.auth.challenge(bad))
+            assert error.details["field"] == "tron_address"
+            await refused(ErrorCode.BAD_FIELD, a.auth.login_with_wallet(bad, "", "", None, CALLER))
+        assert await a.redis.keys("*") == []
+
+    run(test)
+
+
+def test_outstanding_challenges_are_bounded_and_the_oldest_go(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        wallet, other = Wallet.generate(), Wallet.generate()
+        kept = await a.auth.challenge(other.address)
+        made = []
+        for _ in range(MAX_OUTSTANDING + 3):
+            fleet.now += 0.01
+            made.append(await a.auth.challenge(wallet.address))
+        keys = await a.redis.keys(f"lucid:challenge:{{{wallet.address}}}:*")
+        assert len(keys) == MAX_OUTSTANDING
+        for challenge, good in ((made[2], False), (made[3], True), (made[-1], True)):
+            login = a.auth.login_with_wallet(
+                wallet.address, wallet.sign(challenge.message), challenge.message, None, CALLER
+            )
+            assert isinstance(await outcome(login), TokenPair) is good
+        assert await a.challenges.find(other.address, kept.message) == kept.nonce
+
+    run(test)
+
+
+# ---- login
+
+
+def test_a_first_login_on_one_worker_with_a_challenge_of_another(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        wallet = Wallet.generate()
+        challenge = await a.auth.challenge(wallet.address)
+        pair = await b.auth.login_with_wallet(
+            wallet.address, wallet.sign(challenge.message), challenge.message, None, CALLER
+        )
+        assert (pair.token_type, pair.expires_in) == ("Bearer", 900)
+        assert pair.user.tron_address == wallet.address
+        assert pair.user.role == "user"
+        assert pair.user.permissions == PERMISSIONS[Role.USER]
+        assert uuid.UUID(pair.user.user_id).version == 4
+        principal = a.judge(pair.access_token)
+        assert isinstance(principal, Principal)
+        assert (principal.user_id, principal.role) == (pair.user.user_id, Role.USER)
+        stored = await a.users.find_by_tron_address(wallet.address)
+        assert stored is not None
+        assert stored.user_id == pair.user.user_id
+        assert stored.last_login_at is not None
+        assert await a.redis.keys("lucid:challenge:*") == []
+
+        again = await a.login(wallet)
+        assert again.user == pair.user
+        assert again.refresh_token != pair.refresh_token
+        assert a.judge(again.access_token).family != principal.family
+
+    run(test)
+
+
+def test_a_ledger_logs_in_and_is_recorded(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        wallet = Wallet.generate(ledger=True)
+        challenge = await a.auth.challenge(wallet.address)
+        device = HardwareWalletText("ledger", "cafe\u0301-1")
+        await a.auth.login_with_wallet(
+            wallet.address, wallet.sign(challenge.message), challenge.message, device, CALLER
+        )
+        stored = await a.users.find_by_tron_address(wallet.address)
+        assert stored is not None
+        assert stored.hardware_wallet is not None
+        assert stored.hardware_wallet.type == "ledger"
+        assert stored.hardware_wallet.device_id == "caf\u00e9-1"  # composed
+
+    run(test)
+
+
+def test_whatever_is_wrong_is_refused_and_spends_nothing(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        wallet, thief = Wallet.generate(), Wallet.generate()
+        challenge = await a.auth.challenge(wallet.address)
+        theirs = await a.auth.challenge(thief.address)
+        message, good = challenge.message, wallet.sign(challenge.message)
+        unknown, signature = ErrorCode.UNKNOWN_CHALLENGE, ErrorCode.BAD_SIGNATURE
+
+        def flipped(text: str) -> str:
+            return text[:-4] + ("0" if text[-4] != "0" else "1") + text[-3:]
+
+        for who, text, signed, code in (
+            (wallet, message, thief.sign(message), signature),
+            (wallet, message, flipped(good), signature),
+            (wallet, message, "", signature),
+            (wallet, message, wallet.sign(message + "\n"), signature),
+            (wallet, message + "\n", wallet.sign(message + "\n"), unknown),
+            (wallet, message.replace("\n", "\r\n"), wallet.sign(message.replace("\n", "\r\n")), unknown),
+            (wallet, message.replace("gateway.", "evil."), wallet.sign("x"), unknown),
+            (wallet, message.replace("costs nothing", "costs a lot"), good, unknown),
+            (wallet, "x\n" + message, good, unknown),
+            (wallet, "no challenge at all", wallet.sign("no challenge at all"), unknown),
+            (wallet, "", wallet.sign(""), unknown),
+            (wallet, f"Nonce: {challenge.nonce}", wallet.sign(f"Nonce: {challenge.nonce}"), unknown),
+            (wallet, theirs.message, wallet.sign(theirs.message), unknown),
+            (thief, message, thief.sign(message), unknown),
+            (thief, message, good, unknown),
+            (wallet, f"Nonce: {'0' * 32}\n{message}", good, unknown),
+        ):
+            await refused(code, a.auth.login_with_wallet(who.address, signed, text, None, CALLER))
+        assert (await a.users.list_users(0, 10))[1] == 0
+        await a.auth.login_with_wallet(wallet.address, good, message, None, CALLER)
+
+    run(test)
+
+
+def test_a_challenge_is_good_once(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        wallet = Wallet.generate()
+        challenge = await a.auth.challenge(wallet.address)
+        signed = wallet.sign(challenge.message)
+
+        def login(worker: Worker) -> Coroutine[Any, Any, TokenPair]:
+            return worker.auth.login_with_wallet(wallet.address, signed, challenge.message, None, CALLER)
+
+        outcomes = await asyncio.gather(*(outcome(login(worker)) for worker in (a, b) * 10))
+        assert Counter(isinstance(o, TokenPair) for o in outcomes) == {True: 1, False: 19}
+        assert {o for o in outcomes if not isinstance(o, TokenPair)} == {ErrorCode.UNKNOWN_CHALLENGE}
+        for worker in (a, b):
+            await refused(ErrorCode.UNKNOWN_CHALLENGE, login(worker))
+        assert (await a.users.list_users(0, 10))[1] == 1
+
+    run(test)
+
+
+def test_an_expired_challenge(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        wallet = Wallet.generate()
+        challenge = await a.auth.challenge(wallet.address)
+        for key in await a.redis.keys("lucid:challenge:*"):
+            await a.redis.pexpire(key, 1)
+        await asyncio.sleep(0.02)  # Redis' own clock: the only one here that cannot be a number
+        await refused(
+            ErrorCode.UNKNOWN_CHALLENGE,
+            a.auth.login_with_wallet(
+                wallet.address, wallet.sign(challenge.message), challenge.message, None, CALLER
+            ),
+        )
+
+    run(test)
+
+
+def test_fifty_first_logins_at_once_make_one_user(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        wallet = Wallet.generate()
+        pairs = await asyncio.gather(*(worker.login(wallet) for worker in (a, b) * 25))
+        assert len({pair.user.user_id for pair in pairs}) == 1
+        assert len({pair.refresh_token for pair in pairs}) == 50
+        assert (await a.users.list_users(0, 10))[1] == 1
+        families = await a.connection.database["refresh_tokens"].count_documents({"kind": "family"})
+        assert families == 50
+
+    run(test)
+
+
+def test_a_deleted_user_comes_back_as_a_new_one(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        wallet = Wallet.generate()
+        first = await a.login(wallet)
+        await a.users.delete(first.user.user_id)
+        await refused(ErrorCode.BAD_CREDENTIAL, a.auth.refresh(first.refresh_token, CALLER))
+        second = await a.login(wallet)
+        assert second.user.user_id != first.user.user_id
+        await refused(ErrorCode.BAD_CREDENTIAL, a.auth.refresh(first.refresh_token, CALLER))
+        assert isinstance(a.judge(second.access_token), Principal)
+
+    run(test)
+
+
+def test_roles_are_computed_at_login_and_refresh(mongo: MongoChild, redis_server: RedisChild) -> None:
+    wallet = Wallet.generate()
+    uri = mongo.uri(database_name())
+
+    async def login(admins: frozenset[str]) -> TokenPair:
+        async with fleet_of(1, uri, redis_server.uri, admins=admins) as (_, (worker,)):
+            return await worker.login(wallet)
+
+    async def refresh(pair: TokenPair, admins: frozenset[str]) -> TokenPair:
+        async with fleet_of(1, uri, redis_server.uri, admins=admins) as (_, (worker,)):
+            refreshed = await worker.auth.refresh(pair.refresh_token, CALLER)
+            assert worker.judge(refreshed.access_token).role.label == refreshed.user.role
+            stored = await worker.users.find_by_tron_address(wallet.address)
+            assert stored is not None
+            assert stored.role in ("user", "node_operator")  # never what the list gives
+            return refreshed
+
+    async def promote(user_id: str) -> None:
+        async with fleet_of(1, uri, redis_server.uri) as (_, (worker,)):
+            await worker.users.update(user_id, {"role": "node_operator"})
+
+    listed, nobody = frozenset({wallet.address}), frozenset[str]()
+    pair = asyncio.run(login(listed))
+    assert pair.user.role == "super_admin"
+    assert "users:write" in pair.user.permissions
+    pair = asyncio.run(refresh(pair, nobody))
+    assert pair.user.role == "user"
+    asyncio.run(promote(pair.user.user_id))
+    pair = asyncio.run(refresh(pair, nobody))
+    assert pair.user.role == "node_operator"
+    assert asyncio.run(refresh(pair, listed)).user.role == "super_admin"
+
+
+def test_email_and_password_are_an_honest_no(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        error = await refused(ErrorCode.NOT_IMPLEMENTED, a.auth.login_with_password("a@b.c", "secret"))
+        assert "not available yet" in str(error)
+
+    run(test)
+
+
+def test_keys_that_only_verify_issue_nothing(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        wallet = Wallet.generate()
+        await refused(ErrorCode.NOT_IMPLEMENTED, a.login(wallet))
+        await refused(ErrorCode.NOT_IMPLEMENTED, a.auth.refresh("x", CALLER))
+        assert (await a.users.list_users(0, 1))[1] == 0
+
+    run(test, settings=TokenSettings(previous_keys=("k" * 32,)))
+
+
+# ---- refresh
+
+
+def test_a_refresh_gives_a_new_pair_and_keeps_the_first_expiry(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        wallet = Wallet.generate()
+        pair = await a.login(wallet)
+        family = a.judge(pair.access_token).family
+        fleet.now += 6 * 86_400
+        new = await b.auth.refresh(pair.refresh_token, CALLER)
+        assert new.user == pair.user
+        assert new.refresh_token != pair.refresh_token
+        assert b.judge(new.access_token).family == family
+        assert a.judge(pair.access_token) is ErrorCode.CREDENTIAL_EXPIRED
+        fleet.now += 86_400 - 0.01
+        newest = await a.auth.refresh(new.refresh_token, CALLER)
+        fleet.now += 0.01
+        await refused(ErrorCode.BAD_CREDENTIAL, a.auth.refresh(newest.refresh_token, CALLER))
+        assert fleet.charged == [
+            ("refresh", pair.user.user_id),
+            ("refresh", pair.user.user_id),
+            ("login", CALLER.address),
+        ]
+
+    run(test)
+
+
+def test_what_is_stored_of_a_token_opens_nothing(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        pair = await a.login(Wallet.generate())
+        rows = await a.connection.database["refresh_tokens"].find({}).to_list(10)
+        shown = repr(rows)
+        assert pair.refresh_token not in shown
+        assert pair.access_token not in shown
+        digest = nonces.digest(pair.refresh_token)
+        for guess in (digest.hex(), str(digest), a.judge(pair.access_token).family, "", "x" * 256):
+            await refused(ErrorCode.BAD_CREDENTIAL, a.auth.refresh(guess, CALLER))
+        assert set(fleet.charged) == {("login", CALLER.address)}
+        assert isinstance(await a.auth.refresh(pair.refresh_token, CALLER), TokenPair)
+
+    run(test)
+
+
+def test_a_spent_token_that_returns_ends_its_family_everywhere(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        wallet = Wallet.generate()
+        stolen = await a.login(wallet)
+        bystander = await a.login(wallet)
+        second = await a.auth.refresh(stolen.refresh_token, CALLER)
+        third = await a.auth.refresh(second.refresh_token, CALLER)
+        assert all(isinstance(w.judge(p.access_token), Principal) for w in (a, b) for p in (second, third))
+        await refused(ErrorCode.BAD_CREDENTIAL, b.auth.refresh(stolen.refresh_token, CALLER))
+        for pair in (stolen, second, third):
+            await refused(ErrorCode.BAD_CREDENTIAL, a.auth.refresh(pair.refresh_token, CALLER))
+            assert a.judge(pair.access_token) is ErrorCode.BAD_CREDENTIAL
+            assert b.judge(pair.access_token) is ErrorCode.BAD_CREDENTIAL
+        assert len(fleet.published) == 1
+        # The same user's other login goes on.
+        assert isinstance(b.judge(bystander.access_token), Principal)
+        assert isinstance(await b.auth.refresh(bystander.refresh_token, CALLER), TokenPair)
+
+    run(test)
+
+
+def test_one_token_used_many_times_at_once_gives_one_pair_and_ends_the_family(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        for _ in range(5):
+            first = await a.login(Wallet.generate())
+            outcomes = await asyncio.gather(
+                *(outcome(w.auth.refresh(first.refresh_token, CALLER)) for w in (a, b) * 3)
+            )
+            pairs = [o for o in outcomes if isinstance(o, TokenPair)]
+            assert len(pairs) == 1
+            assert Counter(o for o in outcomes if not isinstance(o, TokenPair)) == {
+                ErrorCode.BAD_CREDENTIAL: 5
+            }
+            for pair in (first, pairs[0]):
+                assert a.judge(pair.access_token) is ErrorCode.BAD_CREDENTIAL
+                await refused(ErrorCode.BAD_CREDENTIAL, b.auth.refresh(pair.refresh_token, CALLER))
+
+    run(test)
+
+
+def test_no_chain_of_refreshes_outruns_a_revocation(run: Run) -> None:
+    """While the thief's copy returns, the owner refreshes as fast as can be: the family ends all the same."""
+
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        for _ in range(5):
+            stolen = await a.login(Wallet.generate())
+            pair = await a.auth.refresh(stolen.refresh_token, CALLER)
+
+            async def owner(pair: TokenPair = pair) -> TokenPair:
+                while True:
+                    try:
+                        pair = await a.auth.refresh(pair.refresh_token, CALLER)
+                    except GatewayError:
+                        return pair
+
+            running = asyncio.create_task(owner())
+            await refused(ErrorCode.BAD_CREDENTIAL, b.auth.refresh(stolen.refresh_token, CALLER))
+            last = await asyncio.wait_for(running, 10)
+            assert a.judge(last.access_token) is ErrorCode.BAD_CREDENTIAL
+
+    run(test)
+
+
+def test_limits_of_refresh(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        pair = await a.login(Wallet.generate())
+        fleet.used_up = {"refresh"}
+        await refused(ErrorCode.RATE_LIMITED, a.auth.refresh(pair.refresh_token, CALLER))
+        fleet.used_up = {"login"}
+        await refused(ErrorCode.RATE_LIMITED, a.auth.refresh("unknown", CALLER))
+        # What was refused spent nothing.
+        assert isinstance(await a.auth.refresh(pair.refresh_token, CALLER), TokenPair)
+
+    run(test)
+
+
+# ---- logout and revocation
+
+
+def test_logout_ends_one_login_on_all_workers(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        wallet = Wallet.generate()
+        pair, other = await a.login(wallet), await b.login(wallet)
+        newer = await a.auth.refresh(pair.refresh_token, CALLER)
+        tokens = [pair.access_token, newer.access_token, other.access_token]
+        assert all(isinstance(w.judge(token), Principal) for w in (a, b) for token in tokens)
+        await a.auth.logout(a.judge(newer.access_token), False, CALLER)
+        for worker in (a, b):
+            assert [worker.judge(token) for token in tokens[:2]] == [ErrorCode.BAD_CREDENTIAL] * 2
+            assert isinstance(worker.judge(other.access_token), Principal)
+        await refused(ErrorCode.BAD_CREDENTIAL, b.auth.refresh(newer.refresh_token, CALLER))
+        assert isinstance(await b.auth.refresh(other.refresh_token, CALLER), TokenPair)
+
+    run(test)
+
+
+def test_logout_of_all_logins_and_a_new_one_in_the_same_second(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        wallet = Wallet.generate()
+        pairs = [await worker.login(wallet) for worker in (a, b, a)]
+        stranger = await a.login(Wallet.generate())
+        fleet.now += 0.002
+        await b.auth.logout(b.judge(pairs[0].access_token), True, CALLER)
+        fleet.now += 0.002
+        fresh = await a.login(wallet)
+        for worker in (a, b):
+            for pair in pairs:
+                assert worker.judge(pair.access_token) is ErrorCode.BAD_CREDENTIAL
+                await refused(ErrorCode.BAD_CREDENTIAL, worker.auth.refresh(pair.refresh_token, CALLER))
+            assert isinstance(worker.judge(fresh.access_token), Principal)
+            assert isinstance(worker.judge(stranger.access_token), Principal)
+        assert isinstance(await a.auth.refresh(fresh.refresh_token, CALLER), TokenPair)
+
+    run(test)
+
+
+def test_a_worker_that_starts_or_missed_messages_loads_revocations(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        wallet, other = Wallet.generate(), Wallet.generate()
+        pair, all_of_them = await a.login(wallet), await a.login(other)
+        fleet.cut = True
+        await a.auth.logout(a.judge(pair.access_token), False, CALLER)
+        await a.auth.logout(a.judge(all_of_them.access_token), True, CALLER)
+        await a.redis.zadd(KEY, {b"not json": fleet.now + 100, b'{"until":"x"}': fleet.now + 100})
+        assert isinstance(b.judge(pair.access_token), Principal)
+        await b.revocations.load_revocations()
+        assert b.judge(pair.access_token) is ErrorCode.BAD_CREDENTIAL
+        assert b.judge(all_of_them.access_token) is ErrorCode.BAD_CREDENTIAL
+        # They are kept as long as a token of that moment can live, and no longer.
+        scores = [score for _, score in await a.redis.zrange(KEY, 0, -1, withscores=True)]
+        assert max(scores) == pytest.approx(fleet.now + 900 + 5 + 1)
+        fleet.now += 1_000
+        late = await a.login(wallet)
+        await a.auth.logout(a.judge(late.access_token), False, CALLER)
+        assert await a.redis.zcard(KEY) == 1
+
+    run(test)
+
+
+def test_a_token_that_lives_longer_is_revoked_as_long(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        issued = a.auth._issuer.issue(
+            user_id="operator", role=Role.ADMIN, family="by-hand", now=fleet.now, minutes=60 * 24
+        )
+        await a.auth.logout(a.judge(issued.token), False, CALLER)
+        fleet.now += 23 * 3_600
+        await b.revocations.load_revocations()
+        assert b.judge(issued.token) is ErrorCode.BAD_CREDENTIAL
+
+    run(test)
+
+
+def test_messages_that_make_no_sense_are_passed_over(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        pair = await a.login(Wallet.generate())
+        for body in ({}, {"family": "f"}, {"until": None}, {"until": 1, "family": 7}, {"until": 9e9}):
+            a.revocations.on_revocation(body)
+        assert isinstance(a.judge(pair.access_token), Principal)
+        principal = a.judge(pair.access_token)
+        a.revocations.on_revocation({"token": principal.token_id, "until": fleet.now + 900, "new": 1})
+        assert a.judge(pair.access_token) is ErrorCode.BAD_CREDENTIAL
+
+    run(test)
+
+
+def test_an_api_key_cannot_log_out(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        principal = Principal(Role.USER, "authenticated", "u", "u", token_id="k", via="api_key")
+        await refused(ErrorCode.ROLE_TOO_LOW, a.auth.logout(principal, True, CALLER))
+
+    run(test)
+
+
+# ---- verify, status, API keys
+
+
+def test_verify_and_status(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        pair = await a.login(Wallet.generate())
+        principal = a.judge(pair.access_token)
+        assert b.auth.verify(pair.access_token) == TokenReport(
+            active=True,
+            sub=pair.user.user_id,
+            role="user",
+            sid=principal.family,
+            jti=principal.token_id,
+            iat=int(fleet.now),
+            exp=int(fleet.now) + 900,
+            iss="lucid",
+            aud="lucid",
+            typ="access",
+        )
+        status = a.auth.status(principal)
+        assert (status.user_id, status.role, status.credential) == (pair.user.user_id, "user", "token")
+        assert (status.issued_at, status.expires_at) == ("2030-01-01T00:00:00Z", "2030-01-01T00:15:00Z")
+        await a.auth.logout(principal, False, CALLER)
+        assert msgspec.to_builtins(b.auth.verify(pair.access_token)) == {"active": False}
+        assert b.auth.verify("x") == TokenReport(active=False)
+        for_ever = Principal(Role.ADMIN, "admin", "u", "u", via="api_key")
+        assert a.auth.status(for_ever).expires_at is None
+
+    run(test)
+
+
+def test_api_keys_act_as_their_owner_within_both_roles(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        owner = await a.login(Wallet.generate())
+        admin = await a.login(Wallet.generate())
+        await a.users.update(admin.user.user_id, {"role": "admin"})
+        now = dt.datetime.fromtimestamp(fleet.now, dt.UTC)
+
+        async def key(user_id: str, role: str, expires_at: dt.datetime | None = None) -> bytes:
+            digest = api_keys.digest(api_keys.new_api_key())
+            await a.api_keys.create(
+                ApiKeyDocument(nonces.new_id(), digest, user_id, "n", role, now, expires_at)
+            )
+            return digest
+
+        async def look_up(digest: bytes) -> Principal | ErrorCode:
+            return await b.auth.look_up_api_key(digest)
+
+        plain = await look_up(await key(owner.user.user_id, "user"))
+        assert isinstance(plain, Principal)
+        assert (plain.identifier, plain.user_id, plain.role) == (*[owner.user.user_id] * 2, Role.USER)
+        assert (plain.via, plain.tier, plain.expires_at, plain.family) == (
+            "api_key",
+            "authenticated",
+            0.0,
+            "",
+        )
+        too_much = await look_up(await key(owner.user.user_id, "super_admin"))
+        assert isinstance(too_much, Principal)
+        assert (too_much.role, too_much.tier) == (Role.USER, "authenticated")
+        less = await look_up(await key(admin.user.user_id, "node_operator"))
+        assert isinstance(less, Principal)
+        assert (less.role, less.tier) == (Role.NODE_OPERATOR, "authenticated")
+        full_digest = await key(admin.user.user_id, "admin", now + dt.timedelta(hours=1))
+        full = await look_up(full_digest)
+        assert isinstance(full, Principal)
+        assert (full.role, full.tier, full.expires_at) == (Role.ADMIN, "admin", fleet.now + 3_600)
+
+        bad = ErrorCode.BAD_CREDENTIAL
+        assert await look_up(bytes(32)) is bad
+        assert await look_up(await key(owner.user.user_id, "root")) is bad
+        assert await look_up(await key("nobody", "user")) is bad
+        fleet.now += 3_600
+        assert await look_up(full_digest) is bad
+        orphan = await key(owner.user.user_id, "user")
+        await a.users.delete(owner.user.user_id)
+        assert await look_up(orphan) is bad
+
+    run(test)
+
+
+# ---- without its stores, and its log
+
+
+def test_without_redis_or_mongodb(
+    mongo: MongoChild, redis_server: RedisChild, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lucid.database.connection.SERVER_SELECTION_MS", 300)
+    wallet = Wallet.generate()
+    away = ErrorCode.DEPENDENCY_AWAY
+
+    async def main() -> None:
+        uri = mongo.uri(database_name())
+        async with fleet_of(2, uri, redis_server.uri) as (fleet, (a, b)):
+            pair = await a.login(wallet)
+            no_redis = Worker(fleet, uri, "redis://127.0.0.1:9/0")
+            no_mongo = Worker(fleet, "mongodb://127.0.0.1:9/x", redis_server.uri)
+            error = await refused(away, no_redis.auth.challenge(wallet.address))
+            assert error.details == {"dependency": "redis"}
+            challenge = await a.auth.challenge(wallet.address)
+            signed = wallet.sign(challenge.message)
+            login = (wallet.address, signed, challenge.message, None, CALLER)
+            await refused(away, no_redis.auth.login_with_wallet(*login))
+            await refused(away, no_redis.revocations.load_revocations())
+            error = await refused(away, no_mongo.auth.login_with_wallet(*login))
+            assert error.details == {"dependency": "mongodb"}
+            await refused(away, no_mongo.auth.refresh(pair.refresh_token, CALLER))
+            await refused(away, no_mongo.auth.look_up_api_key(bytes(32)))
+
+            # Tokens are checked in memory and need nobody.
+            principal = no_mongo.judge(pair.access_token)
+            assert isinstance(principal, Principal)
+            await refused(away, no_mongo.auth.logout(principal, False, CALLER))
+            assert isinstance(no_mongo.judge(pair.access_token), Principal)
+            # Without Redis the login has ended, and this worker at least knows it.
+            await refused(away, no_redis.auth.logout(principal, False, CALLER))
+            assert no_redis.judge(pair.access_token) is ErrorCode.BAD_CREDENTIAL
+            await refused(ErrorCode.BAD_CREDENTIAL, a.auth.refresh(pair.refresh_token, CALLER))
+
+            # The challenge outlived the outages.
+            assert isinstance(await b.auth.login_with_wallet(*login), TokenPair)
+            for worker in (no_redis, no_mongo):
+                await worker.close()
+
+    asyncio.run(main())
+
+
+def test_the_audit_log_tells_events_and_no_secret(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    secrets: list[str] = []
+
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        wallet, caller = Wallet.generate(), Caller("192.0.2.9", "r-9")
+        challenge = await a.auth.challenge(wallet.address)
+        signed = wallet.sign(challenge.message)
+        await outcome(
+            a.auth.login_with_wallet(
+                wallet.address, Wallet.generate().sign(challenge.message), challenge.message, None, caller
+            )
+        )
+        pair = await a.auth.login_with_wallet(wallet.address, signed, challenge.message, None, caller)
+        new = await a.auth.refresh(pair.refresh_token, caller)
+        await outcome(a.auth.refresh(pair.refresh_token, caller))
+        other = await a.login(wallet)
+        await a.auth.logout(a.judge(other.access_token), True, caller)
+        secrets.extend(
+            [signed, challenge.nonce, SETTINGS.secret_key]
+            + [text for p in (pair, new, other) for text in (p.access_token, p.refresh_token)]
+        )
+        assert not any(secret in repr(pair) for secret in secrets)
+
+    with caplog.at_level(logging.INFO):
+        run(test)
+    audited = [record for record in caplog.records if record.name == "lucid.audit"]
+    assert [record.msg for record in audited] == [
+        "login_failed",
+        "login",
+        "refresh_reuse",
+        "login",
+        "revocation",
+    ]
+    fields = audited[0].__dict__["audit"]
+    assert fields["event"] == "login_failed"
+    assert (fields["address"], fields["request_id"], fields["code"]) == (
+        "192.0.2.9",
+        "r-9",
+        "LUCID_ERR_2005",
+    )
+    everything = repr([record.__dict__ for record in caplog.records])
+    assert not any(secret in everything for secret in secrets)

@@ -1,0 +1,57 @@
+"""Challenges and revocations on Redis Cluster, where the keys of one command lie in one slot."""
+
+import asyncio
+import tempfile
+
+import pytest
+import redis
+import redis.asyncio
+
+from lucid.core.rules.tokens import TokenMemory
+from lucid.errors import ErrorCode
+from lucid.services import challenges as module
+from lucid.services.challenges import Challenges
+from lucid.services.revocations import Revocation, Revocations
+from tests.support.servers import until
+from tests.support.stores import RedisChild, free_port
+from tests.support.wallet import Wallet
+from tests.support.workers import ORIGIN, Fleet
+
+
+def test_challenges_and_revocations_on_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_OUTSTANDING", 3)
+    fleet = Fleet()
+
+    async def main(port: int) -> None:
+        client = redis.asyncio.RedisCluster(host="127.0.0.1", port=port)
+        challenges = Challenges(client, ORIGIN, fleet.wall_clock)
+        address = Wallet.generate().address
+        made = []
+        for _ in range(5):
+            fleet.now += 0.01
+            made.append(await challenges.make(address))
+        found = [await challenges.find(address, challenge.message) for challenge in made]
+        assert found == [None, None] + [challenge.nonce for challenge in made[2:]]
+        assert await challenges.spend(address, made[4].nonce)
+        assert not await challenges.spend(address, made[4].nonce)
+
+        memory = TokenMemory(lambda _: ErrorCode.BAD_CREDENTIAL, fleet.wall_clock, 10)
+        revocations = Revocations(client, memory, fleet.publish, fleet.wall_clock)
+        await revocations.revoke(Revocation(family="f", until=fleet.now + 10))
+        other = TokenMemory(lambda _: ErrorCode.BAD_CREDENTIAL, fleet.wall_clock, 10)
+        await Revocations(client, other, fleet.publish, fleet.wall_clock).load_revocations()
+        assert other.revocations == 1
+        await client.aclose()
+
+    with tempfile.TemporaryDirectory(prefix="lucid-test-") as folder:
+        child = RedisChild(
+            folder, free_port(), "--cluster-enabled", "yes", "--cluster-port", str(free_port())
+        )
+        child.start()
+        try:
+            with redis.Redis(port=child.port) as node:
+                node.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16_383)
+                until(lambda: node.cluster("info")["cluster_state"] == "ok")
+            asyncio.run(main(child.port))
+        finally:
+            child.kill()

@@ -1,0 +1,132 @@
+"""The identity part of several workers over one MongoDB and one Redis, put together as in the app."""
+
+import itertools
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import redis.asyncio
+
+from lucid.core.rules.tokens import TokenMemory
+from lucid.core.security.jwt import TokenIssuer, TokenVerifier
+from lucid.database.api_key_repository import ApiKeyRepository
+from lucid.database.connection import Connection
+from lucid.database.indexes import Indexes
+from lucid.database.refresh_token_repository import RefreshTokenRepository
+from lucid.database.user_repository import UserRepository
+from lucid.errors import ErrorCode, GatewayError
+from lucid.services.auth_service import AuthService, Caller, TokenPair
+from lucid.services.challenges import Challenges
+from lucid.services.revocations import Revocations
+from lucid.services.user_service import UserService
+from lucid.settings import TokenSettings
+from tests.support.wallet import Wallet
+
+EPOCH = 1_893_456_000.5
+ORIGIN = "https://gateway.lucid.example"
+SETTINGS = TokenSettings(secret_key="k" * 32)
+CALLER = Caller("192.0.2.7", "request-1")
+
+_numbers = itertools.count()
+
+
+class Fleet:
+    """What the workers share: the clock, the control channel (`cut` loses its messages), the limits."""
+
+    def __init__(self) -> None:
+        self.now = EPOCH
+        self.workers: list[Worker] = []
+        self.published: list[dict[str, Any]] = []
+        self.cut = False
+        self.charged: list[tuple[str, str]] = []
+        self.used_up: set[str] = set()
+
+    def wall_clock(self) -> float:
+        return self.now
+
+    async def publish(self, body: dict[str, Any]) -> None:
+        body = msgspec.json.decode(msgspec.json.encode(body))
+        self.published.append(body)
+        for worker in () if self.cut else self.workers:
+            worker.revocations.on_revocation(body)
+
+    async def charge(self, limit_name: str, identifier: str) -> None:
+        self.charged.append((limit_name, identifier))
+        if limit_name in self.used_up:
+            raise GatewayError(ErrorCode.RATE_LIMITED)
+
+
+class Worker:
+    def __init__(
+        self,
+        fleet: Fleet,
+        mongodb_uri: str,
+        redis_uri: str,
+        settings: TokenSettings = SETTINGS,
+        admins: frozenset[str] = frozenset(),
+    ) -> None:
+        self.fleet = fleet
+        self.connection = Connection(mongodb_uri)
+        self.redis = redis.asyncio.Redis.from_url(redis_uri, socket_timeout=2, socket_connect_timeout=2)
+        indexes = Indexes(self.connection)
+        self.memory = TokenMemory(
+            TokenVerifier(settings, fleet.wall_clock).verify,
+            fleet.wall_clock,
+            1_000,
+            settings.leeway_seconds,
+        )
+        self.users = UserRepository(self.connection, indexes)
+        self.refresh_tokens = RefreshTokenRepository(self.connection)
+        self.api_keys = ApiKeyRepository(self.connection, indexes)
+        self.challenges = Challenges(self.redis, ORIGIN, fleet.wall_clock)
+        self.revocations = Revocations(self.redis, self.memory, fleet.publish, fleet.wall_clock)
+        self.auth = AuthService(
+            users=self.users,
+            refresh_tokens=self.refresh_tokens,
+            api_keys=self.api_keys,
+            challenges=self.challenges,
+            revocations=self.revocations,
+            issuer=TokenIssuer(settings),
+            memory=self.memory,
+            settings=settings,
+            admin_addresses=admins,
+            charge=fleet.charge,
+            wall_clock=fleet.wall_clock,
+            monotonic=fleet.wall_clock,
+        )
+        self.user_service = UserService(self.users, admins)
+
+    async def login(self, wallet: Wallet) -> TokenPair:
+        challenge = await self.auth.challenge(wallet.address)
+        return await self.auth.login_with_wallet(
+            wallet.address, wallet.sign(challenge.message), challenge.message, None, CALLER
+        )
+
+    def judge(self, token: str) -> Any:
+        return self.memory.principal(token, self.fleet.now)
+
+    async def close(self) -> None:
+        self.connection.close()
+        await self.redis.aclose()
+
+
+@asynccontextmanager
+async def fleet_of(
+    count: int, mongodb_uri: str, redis_uri: str, **options: Any
+) -> AsyncIterator[tuple[Fleet, list[Worker]]]:
+    """`count` workers with an empty Redis."""
+    fleet = Fleet()
+    workers = [Worker(fleet, mongodb_uri, redis_uri, **options) for _ in range(count)]
+    fleet.workers = workers
+    try:
+        await workers[0].redis.flushall()
+        yield fleet, workers
+    finally:
+        for worker in workers:
+            await worker.close()
+
+
+def database_name() -> str:
+    """A name that no other test has."""
+    return f"identity_{next(_numbers)}"

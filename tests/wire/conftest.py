@@ -1,0 +1,24 @@
+"""A Valkey of this test session, a child of this process on a free port; empty for each test."""
+
+from collections.abc import Iterator
+
+import pytest
+import redis
+
+from tests.support.stores import RedisChild, valkey
+
+
+@pytest.fixture(scope="session")
+def valkey_server() -> Iterator[RedisChild]:
+    with valkey() as child:
+        yield child
+
+
+@pytest.fixture
+def server(valkey_server: RedisChild) -> RedisChild:
+    """Running and empty. A test that ends it must start it again."""
+    with redis.Redis(port=valkey_server.port) as client:
+        assert client.info("server")["process_id"] == valkey_server.pid
+        client.flushall()
+        client.script_flush()
+    return valkey_server
