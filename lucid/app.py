@@ -7,6 +7,7 @@ every backend may be down, the worker serves all the same and readiness says wha
 import asyncio
 import datetime as dt
 import logging
+import os
 import random
 import ssl
 import sys
@@ -137,7 +138,7 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
         recorder=access_log,
         monotonic=time.monotonic,
         utc_now=_utc_now,
-        random_bits=random.getrandbits,
+        random_bytes=os.urandom,
         secure=secure,
     )
     wire = app.ctx.wire = Wire(gateway, backends, scheme="https" if secure else "http")

@@ -95,7 +95,9 @@ def rfc3339(moment: dt.datetime) -> str:
     return moment.astimezone(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def envelope(code: ErrorCode, message: str, details: Mapping[str, Any], request_id: str, moment: dt.datetime) -> bytes:
+def envelope(
+    code: ErrorCode, message: str, details: Mapping[str, Any], request_id: str, moment: dt.datetime
+) -> bytes:
     """The platform's error body, as JSON. `message` empty: the code's own."""
     return _encode(
         {

@@ -161,11 +161,12 @@ def _backend(declared: _Table, name: str, before: BackendSettings | None) -> Bac
     if not endpoints and before:
         # One of the platform's: its addresses stay those of its variable.
         endpoints = before.endpoints
+    platform = before or BackendSettings(name, ())
     if not endpoints:
         table.fault("endpoints", 'must be a list of addresses such as "http://10.0.0.5:9000", one at least')
-    connections = table.take("max_connections", _integer(1, 65_536), 256)
+    connections = table.take("max_connections", _integer(1, 65_536), platform.max_connections)
     health = table.table("health")
-    health_path = ""
+    health_path = platform.health_path
     if health:
         health_path = health.need("path", _path, "")
         health.close()

@@ -189,7 +189,9 @@ def test_check_passes_when_everything_answers(
     lucid: Run, valkey: Valkey, secantus: Secantus, backend: Backend, tmp_path: Path
 ) -> None:
     file = tmp_path / "g.toml"
-    file.write_text('[backends.nodes.health]\npath = "/health"\n')
+    file.write_text(
+        '[backends.nodes.health]\npath = "/alive"\n[backends.more]\nendpoints = ["' + backend.url + '"]'
+    )
     clusters = dict.fromkeys(
         ("BLOCKCHAIN_SERVICE_URL", "SESSION_SERVICE_URL", "NODE_SERVICE_URL"), backend.url
     )
@@ -197,9 +199,10 @@ def test_check_passes_when_everything_answers(
     status, out, err = lucid("check", JWT_SECRET_KEY=SECRET, GATEWAY_CONFIG=str(file), **stores, **clusters)
     assert (status, err) == (0, "")
     assert SECRET not in out
-    assert out.count(": answers") == 5
+    assert out.count(": answers") == 6
     assert "/api/v1/chain/**" in out
-    assert [received.target for received in backend.received] == ["/health"]
+    # `more` has no path to ask for: that its port is open must do.
+    assert sorted(received.target for received in backend.received) == ["/alive", "/health", "/health"]
 
 
 def test_check_has_a_line_for_each_dependency_that_does_not_answer(lucid: Run, backend: Backend) -> None:

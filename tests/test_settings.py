@@ -443,8 +443,9 @@ def test_rows_of_one_path_may_share_out_its_methods(file: Path) -> None:
 
 
 def test_the_file_may_say_more_about_a_cluster_and_keeps_its_address(file: Path) -> None:
-    file.write_text('[backends.nodes]\nmax_connections = 8\nhealth = { path = "/health" }\n')
-    nodes = load(GATEWAY_CONFIG=str(file), NODE_SERVICE_URL="http://elsewhere:1").backends[2]
+    file.write_text('[backends.nodes]\nmax_connections = 8\n[backends.sessions.health]\npath = "/alive"\n')
+    _, sessions, nodes = load(GATEWAY_CONFIG=str(file), NODE_SERVICE_URL="http://elsewhere:1").backends
+    assert (sessions.max_connections, sessions.health_path) == (256, "/alive")
     assert (nodes.max_connections, nodes.health_path) == (8, "/health")
     assert [endpoint.label for endpoint in nodes.endpoints] == ["http://elsewhere:1"]
 

@@ -155,26 +155,23 @@ class Policy:
         if fields.authorization is not None:
             if fields.api_key is not None:
                 fault = ErrorCode.TWO_CREDENTIALS
+            elif fields.token is None:
+                fault = ErrorCode.BAD_CREDENTIAL
             else:
-                scheme, _, token = fields.authorization.partition(" ")
-                known = (
-                    self._tokens.principal(token, now)
-                    if scheme.lower() == "bearer"
-                    else ErrorCode.BAD_CREDENTIAL
-                )
-                if isinstance(known, ErrorCode):
-                    fault = known
-                else:
+                known = self._tokens.principal(fields.token, now)
+                if isinstance(known, Principal):
                     principal = known
+                else:
+                    fault = known
         elif fields.api_key is not None:
             digest = hashlib.sha256(fields.api_key.encode("latin-1")).digest()
             answer = self._keys.get(digest, now)
             if answer is None:
                 return LookUp(digest)
-            if isinstance(answer, ErrorCode):
-                fault = answer
-            else:
+            if isinstance(answer, Principal):
                 principal = answer
+            else:
+                fault = answer
         if principal is None:
             x.principal = self._public(x.address)
             if fault is ErrorCode.TWO_CREDENTIALS:

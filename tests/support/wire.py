@@ -8,6 +8,7 @@ a call; a full buffer pauses the protocol inside `write`; nothing is delivered w
 import asyncio
 import datetime as dt
 import functools
+import random
 import selectors
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping
@@ -323,7 +324,6 @@ class World:
         self.hangs: asyncio.Event | None = None
         """Dialling waits until it is set."""
         self._todo: deque[Callable[[], None]] = deque()
-        self._serial = 0
         loop.dial = self._dial
         cors = cors or Cors()
         keys = KeyMemory()
@@ -349,7 +349,7 @@ class World:
             recorder=self,
             monotonic=loop.time,
             utc_now=lambda: dt.datetime(2026, 1, 10, 19, 8, tzinfo=dt.UTC),
-            random_bits=self._random_bits,
+            random_bytes=random.Random(7).randbytes,
         )
         genuine = self.gateway.open
 
@@ -376,11 +376,6 @@ class World:
 
     def record(self, x: Exchange, now: float) -> None:
         self.recorded.append(x)
-
-    def _random_bits(self, bits: int) -> int:
-        if bits == 128:
-            self._serial += 1
-        return self._serial
 
     async def _admit(self, claim: Claim) -> bool:
         """One call to a store in memory: the real leases, the real bucket."""

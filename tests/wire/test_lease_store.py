@@ -150,6 +150,9 @@ def worst_window(times: list[float], seconds: float) -> int:
     return worst
 
 
+Event = tuple[float, Callable[[], Any]]
+
+
 class Fleet:
     """Workers in one loop, each with clients of its own, and what they admitted."""
 
@@ -193,7 +196,7 @@ class Fleet:
             self.admitted.append(now)
         return admitted
 
-    async def hammer(self, rate: float, seconds: float, *events: tuple[float, Callable[[], Any]]) -> None:
+    async def hammer(self, rate: float, seconds: float, *events: Event) -> None:
         """Requests at an even pace, over all workers in turn; each event once, so many seconds after the start."""
         start = time.monotonic()
         asked = 0
@@ -394,8 +397,8 @@ def test_stopping_returns_what_is_held(server: RedisChild) -> None:
             looked = await store.look(workers.limit, "u")
             assert (looked.spent, looked.holders, looked.free) == (21, 0, 979)
             assert not await workers.ask(store)
+            store.leases.away = False
             with pytest.raises(RuntimeError, match="start"):
-                store.leases.away = False
                 await workers.ask(store)
 
     asyncio.run(go())

@@ -13,6 +13,7 @@ Bodies are read by decoders with one shape: `feed(data)` gives the pieces of con
 Sections are RFC 9112's unless another RFC is named; row numbers are those of docs/http.md.
 """
 
+import ipaddress
 import re
 from typing import Final, Generic, TypeVar
 
@@ -43,15 +44,21 @@ _BLOCK = re.compile(rf"(?:{_TOKEN}++:{_VALUE}*+\r\n)*+")
 _LINE = re.compile(r"([^:]++):[ \t]*+([^\r]*+)\r\n")
 _NAME = re.compile(rf"{_TOKEN}++")
 _VERSION = re.compile(r"HTTP/([0-9])\.([0-9])")
+_ODD_CHARACTER = re.compile(r"[^a-z0-9]")
 _DIGITS = re.compile(r"[0-9]{1,19}")
-_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})([ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+# 7.1.1: *( BWS ";" BWS name [ BWS "=" BWS ( token / quoted-string ) ] ).
+_QUOTED = r'"(?:[\t\x20\x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*+"'
+_CHUNK_LINE = re.compile(
+    rf"([0-9A-Fa-f]{{1,16}})"
+    rf"((?:[ \t]*+;[ \t]*+{_TOKEN}++(?:[ \t]*+=[ \t]*+(?:{_TOKEN}++|{_QUOTED}))?+)*+)".encode()
+)
 _HOST = re.compile(
-    r"(?:\[[0-9A-Fa-f:.]{2,45}\]|(?:[A-Za-z0-9\-._~!$&'()*+;=]|%[0-9A-Fa-f]{2}){1,255})(?::([0-9]{1,5}))?"
+    r"(?:\[[0-9A-Fa-f:.]{2,45}\]|(?:[A-Za-z0-9\-._~!$&'()*+;=]|%[0-9A-Fa-f]{2}){1,255})(?::([0-9]{0,5}))?"
 )
 _ABSOLUTE = re.compile(r"[Hh][Tt][Tt][Pp][Ss]?://([^/?]*+)(.*+)")
 
 HOP_BY_HOP: Final = frozenset(
-    "connection keep-alive proxy-connection te trailer transfer-encoding upgrade proxy-authenticate"
+    "connection keep-alive proxy proxy-connection te trailer transfer-encoding upgrade proxy-authenticate"
     " proxy-authorization http2-settings sec-websocket-key sec-websocket-version sec-websocket-protocol"
     " sec-websocket-extensions sec-websocket-accept".split()
 )
@@ -110,6 +117,7 @@ class Fields:
         "request_headers",
         "request_id",
         "request_method",
+        "token",
         "traceparent",
         "tracestate",
     )
@@ -122,6 +130,8 @@ class Fields:
         self.keep_alive = False
         self.expect: str | None = None
         self.authorization: str | None = None
+        self.token: str | None = None
+        """What follows `Bearer` in Authorization; None: the field is absent or of another scheme."""
         self.api_key: str | None = None
         self.origin: str | None = None
         self.request_method: str | None = None
@@ -156,7 +166,17 @@ class Answer:
     `forwarded` holds the lines that may go to the caller, each with its CRLF.
     """
 
-    __slots__ = ("forwarded", "has_date", "keep_alive", "length", "minor", "reason", "status")
+    __slots__ = (
+        "forwarded",
+        "has_date",
+        "keep_alive",
+        "length",
+        "length_line",
+        "minor",
+        "reason",
+        "start",
+        "status",
+    )
 
     def __init__(self, minor: int, status: int, reason: str) -> None:
         self.minor = minor
@@ -166,6 +186,10 @@ class Answer:
         self.keep_alive = minor == 1
         self.has_date = False
         self.forwarded = ""
+        self.start = b""
+        """Status line and forwardable lines, as bytes."""
+        self.length_line = b""
+        """Content-Length with its CRLF, where the answer has one."""
 
 
 def body_length(answer: Answer, method: str) -> int:
@@ -242,7 +266,7 @@ def parse_head(data: bytes, memo: Memo[Fields]) -> Head | Fault:
         return Fault(400, "Transfer-Encoding in an HTTP/1.0 request (RFC 9112 6.1)")
     if minor and fields.expect is not None and fields.expect != "100-continue":
         return Fault(417, "the only expectation known is 100-continue")
-    if target[0] != "/":
+    if target[0] != "/" or method == "CONNECT":
         return _other_form(method, target, minor, fields, host, len(data))
     return Head(method, target, minor, fields, host, len(data))
 
@@ -263,14 +287,24 @@ def _other_form(method: str, target: str, minor: int, fields: Fields, host: str,
         return Fault(400, "the target's authority is not a host")
     if host and host.lower() != authority.lower():
         return Fault(400, "Host differs from the target's authority (RFC 9112 3.2.2)")
-    if not path.startswith("/"):
+    if not path and method == "OPTIONS":
+        path = "*"  # 3.2.4
+    elif not path.startswith("/"):
         path = "/" + path
     return Head(method, path, minor, fields, authority, size)
 
 
 def _is_host(text: str) -> bool:
     match = _HOST.fullmatch(text)
-    return match is not None and (match[1] is None or int(match[1]) <= 65_535)
+    if match is None or int(match[1] or 0) > 65_535:
+        return False
+    if text[0] != "[":
+        return True
+    try:
+        ipaddress.IPv6Address(text[1 : text.index("]")])
+    except ValueError:
+        return False
+    return True
 
 
 def parse_fields(block: str) -> Fields | Fault:
@@ -283,12 +317,12 @@ def parse_fields(block: str) -> Fields | Fault:
     codings: list[str] = []
     length: str | None = None
     for name, value in _LINE.findall(block):
-        if len(value) > MAX_FIELD_BYTES:
+        if len(name) + len(value) > MAX_FIELD_BYTES:
             return Fault(431, "a field is longer than 8,192 bytes")
         low = name.lower()
-        if "_" in low:
-            # CGI-style servers read `X_User_Id` as `X-User-Id`; a caller may not smuggle it past us that way.
-            if low.replace("_", "-") not in _NOT_FORWARDED:
+        if not low.replace("-", "").isalnum():
+            # CGI-style servers read `X_User_Id` and `X.User.Id` as `X-User-Id`; a caller may not smuggle it so.
+            if _ODD_CHARACTER.sub("-", low) not in _NOT_FORWARDED:
                 lines.append((low, f"{name}: {value.rstrip(_OWS)}\r\n"))
             continue
         if low not in _NOT_FORWARDED:
@@ -326,6 +360,9 @@ def parse_fields(block: str) -> Fields | Fault:
                 if fields.authorization is not None:
                     return Fault(400, "Authorization occurs twice")
                 fields.authorization = value
+                scheme, _, token = value.partition(" ")
+                if scheme.lower() == "bearer":
+                    fields.token = token.strip(_OWS)
             case "x-api-key":
                 if fields.api_key is not None:
                     return Fault(400, "X-API-Key occurs twice")
@@ -451,6 +488,9 @@ def parse_answer(data: bytes, memo: Memo[Answer]) -> Answer | Fault:
     fault = _answer_fields(answer, block)
     if fault is not None:
         return fault
+    answer.start = f"HTTP/1.1 {answer.status} {answer.reason}\r\n{answer.forwarded}".encode("latin-1")
+    if answer.length >= 0:
+        answer.length_line = b"Content-Length: %d\r\n" % answer.length
     memo.put(text, answer)
     return answer
 
@@ -463,7 +503,7 @@ def _answer_fields(answer: Answer, block: str) -> Fault | None:
     for name, value in _LINE.findall(block):
         low = name.lower()
         if low not in _ANSWER_DROPPED:
-            lines.append((low, f"{name}: {value}\r\n"))
+            lines.append((low, f"{name}: {value.rstrip(_OWS)}\r\n"))
             if low == "date":
                 answer.has_date = True
         elif low == "content-length":
@@ -487,6 +527,9 @@ def _answer_fields(answer: Answer, block: str) -> Fault | None:
             return Fault(502, "the backend's Content-Length is not a number of bytes")
         answer.length = int(length)
     answer.keep_alive = "close" not in named and (answer.minor == 1 or "keep-alive" in named)
+    if answer.status == 204 and (coding or answer.length > 0):
+        answer.keep_alive = False  # RFC 9110 8.6: content is announced where none may be, and may yet come
+    answer.has_date = answer.has_date and "date" not in named
     answer.forwarded = "".join([line for low, line in lines if low not in named])
     return None
 
@@ -611,7 +654,7 @@ class ChunkedBody:
         bound = MAX_CHUNK_LINE_BYTES if self._state == self._SIZE else MAX_TRAILER_BYTES - self._trailers
         end = data.find(b"\n", at, at + bound + 2)
         if end == -1:
-            if len(data) - at > bound:
+            if len(data) - at > bound + 1:  # a last CR may still get its LF
                 self.fault = "a chunk's line or the trailers are too long"
             return ~at
         if data[end - 1 : end] != b"\r" or end == at:
@@ -623,7 +666,7 @@ class ChunkedBody:
             if match is None:
                 self.fault = "a chunk's size is not 1*HEXDIG (RFC 9112 7.1)"
                 return ~at
-            self._extensions += len(match[2] or b"")
+            self._extensions += len(match[2])
             if self._extensions > MAX_CHUNK_EXTENSION_BYTES:
                 self.fault = "too many chunk extensions"
                 return ~at

@@ -67,7 +67,7 @@ def parent_trace(value: str | None) -> tuple[str, str] | None:
         return None
     if match[2] == "0" * 32 or match[3] == "0" * 16:
         return None
-    return match[2], match[4]
+    return match[2], f"{int(match[4], 16) & 3:02x}"
 
 
 def upstream_head(
@@ -95,11 +95,9 @@ def upstream_head(
     ).encode("latin-1")
 
 
-def answer_head(answer: Answer, *, framing: str, added: str) -> bytes:
+def answer_head(answer: Answer, added: bytes) -> bytes:
     """The answer's head as the caller gets it: the backend's lines, then the gateway's, each with its CRLF."""
-    return f"HTTP/1.1 {answer.status} {answer.reason}\r\n{answer.forwarded}{framing}{added}\r\n".encode(
-        "latin-1"
-    )
+    return b"%b%b\r\n" % (answer.start, added)
 
 
 def own_head(status: int, fields: list[tuple[str, str]]) -> bytes:

@@ -1,39 +1,54 @@
 """What this worker knows about API keys: answers of the look-up, remembered for some seconds."""
 
+from typing import Any
+
 from lucid.core.exchange import Principal
 from lucid.errors import ErrorCode
 
 
 class KeyMemory:
-    """Bounded memory of look-ups by digest. A key that was found is asked for again after `found_seconds`, so a
-    withdrawn one stops within that time at the latest; one that was not, after `missed_seconds`, so that a flood
-    of bad keys never becomes a flood on the database."""
+    """Bounded memory of look-ups by digest.
+
+    A key that was found is asked for again after `found_seconds`, so a withdrawn one stops within that time at the
+    latest; one that was not, after `missed_seconds`, so that a flood of bad keys never becomes a flood on the
+    database. The two kinds are kept apart: bad keys do not push good ones out.
+    """
 
     def __init__(
         self, capacity: int = 10_000, *, found_seconds: float = 10.0, missed_seconds: float = 5.0
     ) -> None:
+        """`capacity` is of each kind, 1 at least."""
         self._capacity = capacity
         self._found_seconds = found_seconds
         self._missed_seconds = missed_seconds
-        self._known: dict[bytes, tuple[float, Principal | ErrorCode]] = {}
+        self._found: dict[bytes, tuple[float, Principal]] = {}
+        self._missed: dict[bytes, tuple[float, ErrorCode]] = {}
 
     def get(self, digest: bytes, now: float) -> Principal | ErrorCode | None:
         """The remembered answer, or None: it must be looked up and `put`."""
-        entry = self._known.get(digest)
-        if entry is None or entry[0] <= now:
-            return None
-        return entry[1]
+        entry = self._found.get(digest) or self._missed.get(digest)
+        return None if entry is None or entry[0] <= now else entry[1]
 
     def put(self, digest: bytes, answer: Principal | ErrorCode, now: float) -> None:
-        seconds = self._found_seconds if isinstance(answer, Principal) else self._missed_seconds
-        self._known.pop(digest, None)
-        if len(self._known) >= self._capacity:
-            del self._known[next(iter(self._known))]
-        self._known[digest] = (now + seconds, answer)
+        self._found.pop(digest, None)
+        self._missed.pop(digest, None)
+        if isinstance(answer, Principal):
+            _make_room(self._found, self._capacity)
+            self._found[digest] = (now + self._found_seconds, answer)
+        else:
+            _make_room(self._missed, self._capacity)
+            self._missed[digest] = (now + self._missed_seconds, answer)
 
     def forget_all(self) -> None:
         """Called when anything about keys was withdrawn: the next use of each asks again."""
-        self._known.clear()
+        self._found.clear()
+        self._missed.clear()
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._found) + len(self._missed)
+
+
+def _make_room(entries: dict[bytes, Any], capacity: int) -> None:
+    """The oldest goes."""
+    if len(entries) >= capacity:
+        del entries[next(iter(entries))]

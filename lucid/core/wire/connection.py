@@ -24,7 +24,7 @@ import logging
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
-from lucid.core.exchange import Exchange, Lease, LookUp, Phase, Preflight, Refusal, Source
+from lucid.core.exchange import Exchange, Lease, LookUp, Phase, Preflight, Principal, Refusal, Source
 from lucid.core.gateway import Gateway
 from lucid.core.rules.framing import (
     CHUNKED,
@@ -53,7 +53,7 @@ BODY_SECONDS = 30.0
 CONTROL_SECONDS = 30.0
 """A handler's time. Every dependency has a shorter deadline of its own."""
 CLOSE_SECONDS = 10.0
-"""For the last bytes of an answer to go out."""
+"""In which a caller must take some of the bytes that wait for it, once it has kept them waiting."""
 LINGER_SECONDS = 1.0
 LINGER_BYTES = 65_536
 MAX_OWN_BODY_BYTES = 65_536
@@ -131,9 +131,15 @@ class Connection:
     _full: bool
     _hold: bool
     _left: int
+    _unsent: int
+    _vouched_fields: Fields | None
+    _vouched_principal: Principal | None
+    _vouched_host: str
+    _vouched_text: str
     exchange: Exchange | None
     deadline: float
     peer: str
+    address: str
 
     def _set_up(self, wire: Wire) -> None:
         self._wire = wire
@@ -152,9 +158,15 @@ class Connection:
         self._full = False
         self._hold = False
         self._left = 0
+        self._unsent = 0
+        self._vouched_fields = None
+        self._vouched_principal = None
+        self._vouched_host = ""
+        self._vouched_text = ""
         self.exchange = None
         self.deadline = NEVER
         self.peer = ""
+        self.address = ""
 
     # --- the planes ------------------------------------------------------------------------------------
 
@@ -190,6 +202,7 @@ class Connection:
         self._wire.connections.add(self)
         peer = transport.get_extra_info("peername")
         self.peer = peer[0] if isinstance(peer, tuple) else "unix"
+        self.address = self._gateway.policy.client_address(self.peer, ())
         self._stage = _HEAD
         self.deadline = self._gateway.monotonic() + HEAD_SECONDS
 
@@ -228,6 +241,7 @@ class Connection:
 
     def pause_writing(self) -> None:
         self._full = True
+        self._unsent = self._out.get_write_buffer_size()
         if self._upstream is not None:
             self._upstream.pause_reading()
 
@@ -255,8 +269,14 @@ class Connection:
         self._stage = Stage.CLOSED
         self._buffer = b""
         self.deadline = self._gateway.monotonic() + CLOSE_SECONDS
+        self._unsent = self._out.get_write_buffer_size()
         if not self._out.is_closing():
             self._out.close()
+
+    def _takes(self) -> bool:
+        """Whether the caller has taken any of what waits for it since this was last asked: slow is not stuck."""
+        unsent, self._unsent = self._unsent, self._out.get_write_buffer_size()
+        return self._unsent < unsent
 
     def close_if_idle(self) -> bool:
         """Close unless an exchange or a part of a head is here; then close behind it."""
@@ -318,7 +338,7 @@ class Connection:
             self._begin_refused(head or Fault(431, "the head is too long"))
             return True
         gateway = self._gateway
-        x = self.exchange = gateway.open(head, self.peer)
+        x = self.exchange = gateway.open(head, self.peer, self.address)
         self._keep_alive = head.keep_alive and not self._wire.draining
         self._answering = False
         self._body = None
@@ -330,7 +350,7 @@ class Connection:
         return True
 
     def _begin_refused(self, fault: Fault) -> None:
-        x = self.exchange = self._gateway.open(None, self.peer)
+        x = self.exchange = self._gateway.open(None, self.peer, self.address)
         self._refuse(x, self._gateway.parse_refusal(fault))
 
     # --- judging --------------------------------------------------------------------------------------------
@@ -554,7 +574,9 @@ class Connection:
         """The deadline has passed: what that means depends on the stage."""
         self.deadline = NEVER
         x = self.exchange
-        if self._stage is Stage.CLOSED:
+        if (self._full or self._stage is Stage.CLOSED) and self._takes():
+            self.deadline = self._gateway.monotonic() + CLOSE_SECONDS
+        elif self._stage is Stage.CLOSED:
             self._out.abort()
         elif self._stage is _HEAD and self._buffer and not self._full:
             self._buffer = b""

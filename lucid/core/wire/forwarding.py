@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from lucid.core.exchange import Exchange, Phase, Refusal, Source
 from lucid.core.rules.breaker import FAILURE_STATUSES, Outcome
-from lucid.core.rules.framing import CHUNKED, LAST_CHUNK, Answer, Fault, body_for, body_length, chunk
+from lucid.core.rules.framing import CHUNKED, LAST_CHUNK, Answer, Fault, Head, body_for, body_length, chunk
 from lucid.core.rules.headers import answer_head, upstream_head, without_fields
 from lucid.core.rules.routes import Route, forward_path
 from lucid.core.wire.connection import NEVER, Connection, Stage
@@ -100,20 +100,26 @@ class Forwarding(Connection):
         head, principal = x.head, x.principal
         assert head is not None and principal is not None
         fields = head.fields
-        x.span_id = self._gateway.span()
-        who = (
-            f"X-User-Id: {principal.user_id}\r\nX-User-Role: {principal.role.label}\r\n"
-            if principal.user_id
-            else ""
-        )
+        # Callers repeat themselves on a connection: who they are and where from is spelled once for all of it.
+        if (
+            fields is not self._vouched_fields
+            or principal is not self._vouched_principal
+            or head.host != self._vouched_host
+        ):
+            self._vouched_fields, self._vouched_principal, self._vouched_host = fields, principal, head.host
+            who = ""
+            if principal.user_id:
+                who = f"X-User-Id: {principal.user_id}\r\nX-User-Role: {principal.role.label}\r\n"
+            hops = self._gateway.policy.forwarded_for(x.peer, fields.forwarded_for)
+            self._vouched_text = (
+                f"{who}X-Forwarded-For: {hops}\r\nX-Forwarded-Proto: {self._wire.scheme}\r\n"
+                f"X-Forwarded-Host: {head.host}\r\n"
+            )
         state = (
             "".join([f"tracestate: {value}\r\n" for value in fields.tracestate]) if x.trace_continued else ""
         )
-        hops = self._gateway.policy.forwarded_for(x.peer, fields.forwarded_for)
-        return (
-            f"{who}X-Request-ID: {x.request_id}\r\ntraceparent: 00-{x.trace_id}-{x.span_id}-{x.trace_flags}\r\n{state}"
-            f"X-Forwarded-For: {hops}\r\nX-Forwarded-Proto: {self._wire.scheme}\r\nX-Forwarded-Host: {head.host}\r\n"
-        )
+        trace = f"00-{x.trace_id}-{x.span_id}-{x.trace_flags}"
+        return f"{self._vouched_text}X-Request-ID: {x.request_id}\r\ntraceparent: {trace}\r\n{state}"
 
     def _coded(self, content: bytes, length: int, done: bool) -> bytes:
         if length != CHUNKED:
@@ -142,71 +148,68 @@ class Forwarding(Connection):
     def interim(self, answer: Answer) -> None:
         x = self.exchange
         if x is not None and x.head is not None and x.head.minor and answer.status in (100, 103):
-            self._out.write(answer_head(answer, framing="", added=""))
+            self._out.write(answer_head(answer, b""))
 
     def answer_begun(self, answer: Answer, content: bytes, done: bool) -> None:
         x = self.exchange
         assert x is not None and x.head is not None and x.route is not None
         gateway = self._gateway
-        head = x.head
-        status = answer.status
-        x.status = status
+        x.status = answer.status
         x.phase = Phase.RESPOND
         now = gateway.monotonic()
         x.upstream_seconds = now - x.upstream_started
-        if status in FAILURE_STATUSES:
+        if answer.status in FAILURE_STATUSES:
             x.failed_by = Source.BACKEND
             gateway.policy.settle(x, Outcome.FAILURE, now)
         else:
             gateway.policy.settle(x, Outcome.SUCCESS, now)
-        if self._body is not None:
-            # The caller's body is not wanted to its end: neither connection can be used again (9.3).
-            self._keep_alive = False
-        length = body_length(answer, head.method)
-        self._rechunk = False
-        if length >= 0:
-            if status == 204 or (answer.length < 0 and not length):
-                framing = ""
-            else:
-                framing = f"Content-Length: {answer.length}\r\n"
-        elif head.minor:
-            framing = "Transfer-Encoding: chunked\r\n"
-            self._rechunk = True
-        else:
-            framing = ""
-            self._keep_alive = False
-        if not self._keep_alive or self._wire.draining:
-            self._keep_alive = False
-            framing += "Connection: close\r\n"
-        elif not head.minor:
-            framing += "Connection: keep-alive\r\n"
         claim = x.claim
-        limits = claim.fields(now).decode("latin-1") if claim is not None else ""
-        date = "" if answer.has_date else f"Date: {gateway.http_date()}\r\n"
-        added = f"{date}X-Request-ID: {x.request_id}\r\n{limits}"
+        added = b"%bX-Request-ID: %b\r\n%b" % (
+            self._framing(x.head, answer),
+            x.request_id.encode(),
+            claim.fields(now) if claim is not None else b"",
+        )
+        if not answer.has_date:
+            added += f"Date: {gateway.http_date()}\r\n".encode()
+        data = self._head_with_cors(x, answer, added) if gateway.cors.enabled else answer_head(answer, added)
         self._answering = True
         x.bytes_out = len(content)
-        if gateway.cors.enabled:
-            data = self._head_with_cors(x, answer, framing, added)
-        else:
-            data = answer_head(answer, framing=framing, added=added)
+        if content or done:
+            data += self._recoded(content, done)
+        self._out.write(data)
         if done:
             self._upstream = None
-            if content or self._rechunk:
-                data += self._recoded(content, True)
-            self._out.write(data)
             self._end(x)
             return
-        self._out.write(data + self._recoded(content, False) if content else data)
         idle = x.route.timeouts.idle
         self.deadline = now + idle if idle else NEVER
 
-    def _head_with_cors(self, x: Exchange, answer: Answer, framing: str, added: str) -> bytes:
+    def _framing(self, head: Head, answer: Answer) -> bytes:
+        """The lines that say where the answer ends, and whether the connection does."""
+        if self._body is not None:
+            # The caller's body is not wanted to its end: neither connection can be used again (9.3).
+            self._keep_alive = False
+        self._rechunk = False
+        framing = answer.length_line if answer.status != 204 else b""
+        if body_length(answer, head.method) < 0:
+            if head.minor:
+                framing = b"Transfer-Encoding: chunked\r\n"
+                self._rechunk = True
+            else:
+                self._keep_alive = False
+        if not self._keep_alive or self._wire.draining:
+            self._keep_alive = False
+            return framing + b"Connection: close\r\n"
+        return framing if head.minor else framing + b"Connection: keep-alive\r\n"
+
+    def _head_with_cors(self, x: Exchange, answer: Answer, added: bytes) -> bytes:
         assert x.head is not None
         lines = without_fields(answer.forwarded, ("access-control-",))
-        fields = self._gateway.cors.answer_fields(x.head.fields.origin)
-        added += "".join([f"{name}: {value}\r\n" for name, value in fields])
-        return f"HTTP/1.1 {answer.status} {answer.reason}\r\n{lines}{framing}{added}\r\n".encode("latin-1")
+        fields = "".join(
+            [f"{name}: {value}\r\n" for name, value in self._gateway.cors.answer_fields(x.head.fields.origin)]
+        )
+        start = f"HTTP/1.1 {answer.status} {answer.reason}\r\n{lines}{fields}".encode("latin-1")
+        return b"%b%b\r\n" % (start, added)
 
     def _recoded(self, content: bytes, done: bool) -> bytes:
         if not self._rechunk:

@@ -144,3 +144,5 @@ class RedisLink:
         for client in clients:
             with contextlib.suppress(*AWAY_ERRORS):
                 await client.aclose()
+                # A pool that was handed over is not closed with its client.
+                await client.connection_pool.disconnect()
