@@ -6,6 +6,7 @@ every backend may be down, the worker serves all the same and readiness says wha
 
 import asyncio
 import datetime as dt
+import gc
 import logging
 import os
 import random
@@ -180,6 +181,9 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
             tasks.start(
                 "signing keys", SigningKeys(settings.tokens.jwks_url, _fetch, verifier, tokens).keep_fresh
             )
+        # What was imported and built lives as long as the worker: no collection need ever look at it again.
+        gc.collect()
+        gc.freeze()
         serving = True
 
     async def drain(_: Sanic[Any, Any]) -> None:

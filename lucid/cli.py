@@ -143,8 +143,8 @@ def _dev(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def _check(_: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    from lucid.describe import columns, describe, route_rows
     from lucid.probe import probe
+    from lucid.settings.describe import columns, describe, route_rows
 
     settings = load_settings(environ)
     print(columns([*describe(settings)]))
@@ -163,7 +163,7 @@ def _check(_: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def _routes(_: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    from lucid.describe import columns, route_rows
+    from lucid.settings.describe import columns, route_rows
 
     print(columns(route_rows(load_settings(environ, serve=False))))
     return 0

@@ -8,7 +8,7 @@ raised, for code that is called by people's handlers (blueprints, services, data
 import datetime as dt
 import enum
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 
@@ -25,7 +25,7 @@ class ErrorCode(enum.Enum):
     status: int
     message: str
 
-    def __new__(cls, code: int, status: int, message: str) -> "ErrorCode":
+    def __new__(cls, code: int, status: int, message: str) -> Self:
         member = object.__new__(cls)
         member._value_ = f"LUCID_ERR_{code}"
         member.status = status

@@ -3,8 +3,8 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from lucid.checks import mask_uri
 from lucid.settings import EndpointSettings, Settings
+from lucid.settings.checks import mask_uri
 
 TRY_SECONDS = 3.0
 

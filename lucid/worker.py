@@ -7,6 +7,7 @@ import logging
 import os
 import pkgutil
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import msgspec
 from sanic import Sanic
 
 from lucid.server import BACKLOG
-from lucid.settings import Settings
+from lucid.settings import ServerSettings, Settings
 
 
 def main(listener_fd: int, factory: str, protocol: str) -> int:
@@ -40,7 +41,6 @@ def _serve(
 ) -> None:
     app: Sanic[Any, Any] = pkgutil.resolve_name(factory)(settings)
     server = settings.server
-    ssl = {"cert": server.tls_cert_file, "key": server.tls_key_file} if server.tls_cert_file else None
 
     serving = False
 
@@ -53,7 +53,7 @@ def _serve(
     app.register_listener(tell_parent, "after_server_start")
     app.prepare(
         sock=listener,
-        ssl=ssl,
+        ssl=_tls(server) if server.tls_cert_file else None,
         protocol=pkgutil.resolve_name(protocol),
         backlog=BACKLOG,
         access_log=False,
@@ -64,6 +64,15 @@ def _serve(
         # The parent prints the reason; the traceback is for whoever asks for it.
         logging.getLogger("sanic.error").addFilter(lambda record: serving or record.exc_info is None)
     Sanic.serve_single(primary=app)
+
+
+def _tls(server: ServerSettings) -> ssl.SSLContext:
+    """Ours, as Sanic's refuses a certificate that has no subjectAltName."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    context.load_cert_chain(server.tls_cert_file, server.tls_key_file)
+    return context
 
 
 def _take_standard_input() -> socket.socket:

@@ -1,6 +1,5 @@
 """The settings: what the environment and the file may say, and one line for each thing that they may not."""
 
-import datetime as dt
 import json
 import os
 import ssl
@@ -9,13 +8,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from lucid.checks import mask_uri, shown
+from lucid.settings.checks import mask_uri, shown
 from lucid.core.exchange import Role
-from lucid.describe import columns, describe, route_rows
+from lucid.settings.describe import columns, describe, route_rows
 from lucid.settings import (
     EndpointSettings,
     LimitSettings,
@@ -25,6 +22,7 @@ from lucid.settings import (
     Timeouts,
     load_settings,
 )
+from tests.support.certificates import pem, self_signed
 
 KEY = {"JWT_SECRET_KEY": "k" * 32}
 TRON = "TR7NHqjeKQxGTCi8q8ZY4pL8otSzgjLj6t"
@@ -43,25 +41,6 @@ def faults(environ: Mapping[str, str], *, serve: bool = True) -> list[str]:
 def fault(**environ: str) -> str:
     (line,) = faults({**KEY, **environ})
     return line
-
-
-def self_signed(key: ec.EllipticCurvePrivateKey) -> bytes:
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    now = dt.datetime.now(dt.UTC)
-    unsigned = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + dt.timedelta(days=1))
-    return unsigned.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-
-
-def pem(key: object) -> tuple[str, str]:
-    """Private and public key in PEM."""
-    assert isinstance(key, rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey)
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    public = key.public_key().public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    return private.decode(), public.decode()
 
 
 # --- the environment ------------------------------------------------------------------------------
@@ -351,10 +330,8 @@ def test_keys_that_do_not_go_together(pairs: dict[str, tuple[str, str]]) -> None
 
 
 def test_tls_needs_two_files_that_fit(tmp_path: Path) -> None:
-    cert, key, other = tmp_path / "c.pem", tmp_path / "k.pem", tmp_path / "o.pem"
-    private = ec.generate_private_key(ec.SECP256R1())
-    key.write_text(pem(private)[0])
-    cert.write_bytes(self_signed(private))
+    cert, key = self_signed(tmp_path)
+    other = tmp_path / "other.pem"
     other.write_text(pem(ec.generate_private_key(ec.SECP256R1()))[0])
     server = load(TLS_CERT_FILE=str(cert), TLS_KEY_FILE=str(key)).server
     assert server.public_origin == "https://127.0.0.1:8080"

@@ -81,7 +81,7 @@ def caller_of(request: Request) -> Caller:
 
 def principal_of(request: Request) -> Principal:
     """Who asks, on a route that the gateway's table keeps for users. Raises NO_CREDENTIAL on any other."""
-    principal = exchange_of(request).principal
+    principal = exchange_of(request).known_principal
     if principal is None or not principal.user_id:
         raise GatewayError(ErrorCode.NO_CREDENTIAL)
     return principal

@@ -4,7 +4,6 @@ from sanic import Blueprint, HTTPResponse, Request
 
 from lucid.blueprints.coding import NO_STORE, answer, exchange_of, no_content, principal_of
 from lucid.core.validation import bad_field
-from lucid.errors import ErrorCode, GatewayError
 from lucid.services.rate_limit_service import RateLimitService
 
 MAX_IDENTIFIER = 128
@@ -16,8 +15,6 @@ def blueprint(service: RateLimitService) -> Blueprint:
 
     async def mine(request: Request) -> HTTPResponse:
         exchange = exchange_of(request)
-        if exchange.principal is None:
-            raise GatewayError(ErrorCode.INTERNAL)
         return answer(service.standing(exchange.principal, exchange.claim), headers=NO_STORE)
 
     async def look(request: Request, name: str, identifier: str) -> HTTPResponse:

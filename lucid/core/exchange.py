@@ -133,6 +133,7 @@ class Exchange:
         "bytes_out",
         "claim",
         "endpoint",
+        "error",
         "failed_by",
         "finished",
         "head",
@@ -153,18 +154,24 @@ class Exchange:
         "trace_id",
         "upstream_seconds",
         "upstream_started",
-        "error",
     )
 
+    # Set by the wire and the phases in their order. A phase relies on what the earlier ones have set, so these are
+    # typed as set; whoever looks at an exchange that may have ended early asks `known_…`.
+    head: "Head"
+    target: "Target"
+    route: "Route"
+    principal: Principal
+
     def __init__(self, head: "Head | None", peer: str, address: str, started: float) -> None:
-        self.head = head
+        self.head = head  # type: ignore[assignment]
         self.peer = peer
         self.address = address
         self.started = started
         self.phase = Phase.PARSE
-        self.route: Route | None = None
-        self.target: Target | None = None
-        self.principal: Principal | None = None
+        self.target = None  # type: ignore[assignment]
+        self.route = None  # type: ignore[assignment]
+        self.principal = None  # type: ignore[assignment]
         self.pending: Refusal | None = None
         self.claim: Claim | None = None
         self.admitted: bool | None = None
@@ -184,3 +191,18 @@ class Exchange:
         self.failed_by: Source | None = None
         self.error: ErrorCode | None = None
         self.finished = False
+
+    @property
+    def known_head(self) -> "Head | None":
+        """None: there was no head to believe."""
+        return self.head
+
+    @property
+    def known_route(self) -> "Route | None":
+        """None: it ended in parse or route."""
+        return self.route
+
+    @property
+    def known_principal(self) -> Principal | None:
+        """None: it ended before authenticate."""
+        return self.principal

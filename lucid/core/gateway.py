@@ -153,7 +153,7 @@ class Gateway:
             fields.append(("Connection", "close"))
         answer = own_head(x.status, fields)
         x.bytes_out = len(body)
-        return answer if x.head is not None and x.head.method == "HEAD" else answer + body
+        return answer if x.known_head is not None and x.head.method == "HEAD" else answer + body
 
     def preflight_answer(self, x: Exchange, preflight: Preflight, *, close: bool) -> bytes:
         x.status = 204
@@ -166,7 +166,7 @@ class Gateway:
         """What the gateway adds to its own answers about this exchange: id, date, limits, CORS."""
         fields = [("X-Request-ID", x.request_id), ("Date", self.http_date())]
         fields.extend(self.limit_fields(x))
-        if self.cors.enabled and x.head is not None:
+        if self.cors.enabled and x.known_head is not None:
             fields.extend(self.cors.answer_fields(x.head.fields.origin))
         return fields
 

@@ -113,11 +113,11 @@ def door(
 
 
 @pytest.fixture
-def caller(door: GatewayProcess) -> Iterator[Caller]:
+def caller(door: GatewayProcess) -> Caller:
     """A caller that has just logged in."""
     somebody = Caller(door)
     somebody.login()
-    yield somebody
+    return somebody
 
 
 def say(port: int, data: bytes, *, half_close: bool = False, seconds: float = 5.0) -> bytes:

@@ -79,7 +79,7 @@ def ports_of(pid: int) -> set[int]:
     inodes = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
         try:
-            target = os.readlink(link)
+            target = str(link.readlink())
         except OSError:
             continue
         if target.startswith("socket:["):
@@ -239,7 +239,7 @@ def test_redis_that_hangs_dies_and_comes_back_stops_nobody(
     until(lambda: "redis" in somebody.http.get("/health/ready").json()["missing"], 10.0)
     own_valkey.start(port)
     until(lambda: "redis" not in somebody.http.get("/health/ready").json()["missing"], 10.0)
-    until(lambda: somebody.login(), 5.0)
+    until(somebody.login, 5.0)
     assert "Traceback" not in somebody.gateway.log
 
 

@@ -118,10 +118,8 @@ def test_the_hundred_and_first_public_request_of_a_minute_is_refused(
     gateway: Callable[..., GatewayProcess], backend: Backend
 ) -> None:
     process = gateway(workers=3, env=clusters(backend))
-    statuses = []
-    for _ in range(105):
-        # A connection each, so that all workers share in the counting.
-        statuses.append(httpx.get(f"{process.url}/api/v1/meta/version", trust_env=False))
+    # A connection each, so that all workers share in the counting.
+    statuses = [httpx.get(f"{process.url}/api/v1/meta/version", trust_env=False) for _ in range(105)]
     assert [answer.status_code for answer in statuses] == [200] * 100 + [429] * 5
     refused = statuses[-1]
     error = refused.json()["error"]

@@ -2,6 +2,7 @@
 
 import re
 import socket
+
 import pytest
 
 from tests.integration.conftest import error_of, say

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections import Counter
@@ -19,6 +20,7 @@ import pytest
 from lucid.dev.embedded import LOOPBACK, free_port
 from lucid.server import StartError, bind
 from lucid.settings import ServerSettings
+from tests.support.certificates import self_signed
 from tests.support.servers import GatewayProcess, alive, until
 
 STORES = {"REDIS_URI": "redis://127.0.0.1:1/0", "MONGODB_URI": "mongodb://127.0.0.1:1/x"}
@@ -181,6 +183,21 @@ def test_a_taken_port_is_one_line_and_status_1(standin: Start) -> None:
         process = standin(wait=False, PORT=str(port))
         assert process.process.wait(20.0) == 1
         assert process.log == f"lucid: cannot listen on HOST 127.0.0.1, PORT {port}: Address already in use\n"
+
+
+def test_tls_is_ended_here_when_there_is_a_certificate(standin: Start, tmp_path: Path) -> None:
+    certificate, key = self_signed(tmp_path)
+    process = standin(wait=False, TLS_CERT_FILE=str(certificate), TLS_KEY_FILE=str(key))
+    until(lambda: "ready" in process.log, 20.0, process.log)
+    context = ssl.create_default_context(cafile=str(certificate))
+    context.check_hostname = False  # It names nobody: that must not keep it from being served.
+    connection = http.client.HTTPSConnection(LOOPBACK, process.port, timeout=10.0, context=context)
+    try:
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 200
+        assert connection.sock.version() in ("TLSv1.2", "TLSv1.3")
+    finally:
+        connection.close()
 
 
 def test_workers_run_the_settings_that_the_parent_read(standin: Start, tmp_path: Path) -> None:

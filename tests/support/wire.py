@@ -120,7 +120,8 @@ class FakeTransport(asyncio.Transport):
     def write(self, data: Any) -> None:
         assert not self._ended, "a write behind write_eof"
         if self.closing:
-            self._world.faults.append(f"a write of {len(data)} bytes to a closed connection")
+            if not self.lost:
+                self._world.faults.append(f"a write of {len(data)} bytes to a connection that is being closed")
             return
         self._pending += data
         self.buffered = len(self._pending)
@@ -425,6 +426,10 @@ class World:
         """Let tasks that no caller waits for go on."""
         for _ in range(16):
             await asyncio.sleep(0)
+
+    async def settle_and_breathe(self) -> None:
+        await self.settle()
+        await self.breathe()
 
     async def advance(self, seconds: float) -> None:
         """Time goes on in the steps of the sweep."""

@@ -16,7 +16,10 @@ def valkey_server() -> Iterator[RedisChild]:
 
 @pytest.fixture
 def server(valkey_server: RedisChild) -> RedisChild:
-    """Running and empty. A test that ends it must start it again."""
+    """Running and empty, also when a test before ended it and failed."""
+    if not valkey_server.answers():
+        valkey_server.stop()
+        valkey_server.start()
     with redis.Redis(port=valkey_server.port) as client:
         assert client.info("server")["process_id"] == valkey_server.pid
         client.flushall()

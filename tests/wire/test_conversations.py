@@ -56,7 +56,7 @@ def one(method: str, answer: bytes, told: str) -> Talk:
     one(
         "GET",
         b"HTTP/1.1 201\r\nX-A:b \r\nContent-Length:1\r\n\r\n!",
-        "HTTP/1.1 201 \nX-A: b \nContent-Length: 1\n\n!",
+        "HTTP/1.1 201 \nX-A: b\nContent-Length: 1\n\n!",
     ),
     one(
         "GET",

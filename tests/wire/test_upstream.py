@@ -430,7 +430,6 @@ async def test_a_slow_caller_slows_its_backend_down(coded: bool) -> None:
     end.transport.take()
     assert end.log.text.count("x") == 64 * len(PIECE)
     assert end.log.whole
-    assert transport.reading
     world.check()
 
 
@@ -488,7 +487,7 @@ async def test_a_caller_that_does_not_read_its_answers_gets_no_further_ones() ->
     assert not end.transport.reading
     assert end.transport.buffered < MOST_BYTES
     assert len(world.recorded) < 200
-    while len(world.recorded) < 5_000:
+    for _ in range(200):
         end.transport.take(20_000)
         await world.settle()
     end.transport.take()
@@ -504,7 +503,7 @@ async def test_a_half_closed_caller_that_reads_slowly_gets_all_its_answers() -> 
     end.transport.stalled = True
     await end.send(200 * b"GET /nowhere HTTP/1.1\r\nHost: gw\r\n\r\n")
     await end.half_close()
-    while end.transport.buffered:
+    for _ in range(20):
         end.transport.take(20_000)
         await world.settle()
     assert end.log.text.count("404 Not Found") == 200
@@ -537,9 +536,9 @@ async def test_a_caller_that_reads_slowly_but_reads_is_served() -> None:
     world.upstreams[0].deliver(head(50 * 65_536))
     for _ in range(50):
         world.upstreams[0].deliver(PIECE)
-    while end.log.text.count("x") < 50 * 65_536:
+    for _ in range(60):
         await world.advance(30.0)
-        end.transport.take(60_000)
+        end.transport.take(70_000)
         await world.settle()
     assert end.log.whole
     world.check()
@@ -610,7 +609,8 @@ async def test_an_early_answer_lets_a_held_caller_go_on() -> None:
     world.upstreams[0].stalled = True
     await end.send(b"POST /open/a HTTP/1.1\r\nHost: gw\r\nContent-Length: 1000000\r\n\r\n")
     end.transport.deliver(PIECE)
-    end.transport.deliver(PIECE)
+    end.transport.deliver(PIECE[:1_000])
+    assert not end.transport.reading
     world.upstreams[0].deliver(OK)
     await world.settle()
     assert end.transport.reading, "what is left must be read, or a reset would eat the answer"

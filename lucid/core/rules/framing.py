@@ -52,8 +52,9 @@ _CHUNK_LINE = re.compile(
     rf"([0-9A-Fa-f]{{1,16}})"
     rf"((?:[ \t]*+;[ \t]*+{_TOKEN}++(?:[ \t]*+=[ \t]*+(?:{_TOKEN}++|{_QUOTED}))?+)*+)".encode()
 )
+_REG_NAME = r"[A-Za-z0-9\-._~!$&'()*+;=]"
 _HOST = re.compile(
-    r"(?:\[[0-9A-Fa-f:.]{2,45}\]|(?:[A-Za-z0-9\-._~!$&'()*+;=]|%[0-9A-Fa-f]{2}){1,255})(?::([0-9]{0,5}))?"
+    rf"(?:\[[0-9A-Fa-f:.]{{2,45}}\]|(?=[^:]){_REG_NAME}*+(?:%[0-9A-Fa-f]{{2}}{_REG_NAME}*+)*+)(?::([0-9]{{0,5}}))?"
 )
 _ABSOLUTE = re.compile(r"[Hh][Tt][Tt][Pp][Ss]?://([^/?]*+)(.*+)")
 
@@ -296,7 +297,7 @@ def _other_form(method: str, target: str, minor: int, fields: Fields, host: str,
 
 def _is_host(text: str) -> bool:
     match = _HOST.fullmatch(text)
-    if match is None or int(match[1] or 0) > 65_535:
+    if match is None or len(text) > 261 or int(match[1] or 0) > 65_535:
         return False
     if text[0] != "[":
         return True

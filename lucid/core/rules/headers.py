@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
+from lucid.core.exchange import Principal
 from lucid.core.rules.framing import CHUNKED, Answer, Head
 
 VIA: Final = "Via: 1.1 lucid\r\n"
@@ -46,7 +47,8 @@ REASONS: Final[Mapping[int, str]] = {
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
-_WITH_CONTENT: Final = frozenset({"POST", "PUT", "PATCH"})
+WITH_CONTENT: Final = frozenset({"POST", "PUT", "PATCH"})
+"""Methods for which an empty body is announced as such (RFC 9110 8.6)."""
 
 
 def sane_request_id(value: str | None) -> str:
@@ -70,29 +72,28 @@ def parent_trace(value: str | None) -> tuple[str, str] | None:
     return match[2], f"{int(match[4], 16) & 3:02x}"
 
 
-def upstream_head(
-    head: Head,
-    path: str,
-    *,
-    authority: str,
-    vouched: str,
-    length: int,
-) -> bytes:
-    """The request's head as a backend gets it.
+def lasting_lines(head: Head, principal: Principal, authority: str, hops: str, scheme: str) -> str:
+    """The lines towards a backend that stay the same while a caller repeats itself, each with its CRLF.
 
-    `path` is the canonical path with its query; `authority` the endpoint's; `vouched` the lines that the
-    gateway adds about the caller, each with its CRLF; `length` the body's (bytes or CHUNKED).
+    `authority` is the endpoint's; `hops` the believed X-Forwarded-For; `scheme` what the caller speaks.
     """
-    fields = head.fields
-    if length == 0:
-        framing = "Content-Length: 0\r\n" if head.method in _WITH_CONTENT else ""
-    else:
-        framing = "Transfer-Encoding: chunked\r\n" if length == CHUNKED else f"Content-Length: {length}\r\n"
-        if fields.expect is not None and head.minor:
-            framing += "Expect: 100-continue\r\n"
+    who = ""
+    if principal.user_id:
+        who = f"X-User-Id: {principal.user_id}\r\nX-User-Role: {principal.role.label}\r\n"
     return (
-        f"{head.method} {path} HTTP/1.1\r\nHost: {authority}\r\n{fields.forwarded}{framing}{vouched}{VIA}\r\n"
-    ).encode("latin-1")
+        f"Host: {authority}\r\n{head.fields.forwarded}{who}X-Forwarded-For: {hops}\r\n"
+        f"X-Forwarded-Proto: {scheme}\r\nX-Forwarded-Host: {head.host}\r\n{VIA}"
+    )
+
+
+def body_lines(head: Head) -> str:
+    """The lines that say what body follows, and whether the caller waits for a 100."""
+    if head.length == 0:
+        return "Content-Length: 0\r\n"
+    framing = (
+        "Transfer-Encoding: chunked\r\n" if head.length == CHUNKED else f"Content-Length: {head.length}\r\n"
+    )
+    return f"{framing}Expect: 100-continue\r\n" if head.fields.expect is not None and head.minor else framing
 
 
 def answer_head(answer: Answer, added: bytes) -> bytes:

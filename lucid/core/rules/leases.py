@@ -436,6 +436,10 @@ class Leases(Worker):
             for waiter in waiters:
                 self._decide_alone(waiter, now)
             waiters.clear()
+        self.decide_waiting(now)
+
+    def decide_waiting(self, now: float) -> None:
+        """Settles the queue without the store; set `away` first."""
         while self.waiting:
             waiter = self.waiting.popleft()
             if not waiter.gone:

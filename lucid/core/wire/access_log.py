@@ -87,7 +87,7 @@ class AccessLog:
         if len(self._lines) >= MAX_PENDING_LINES:
             self.lost_lines += 1
             return
-        head, route, principal = x.head, x.route, x.principal
+        head, route, principal = x.known_head, x.known_route, x.known_principal
         line = {
             "time": self._utc_now().strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
             "event": "request",

@@ -74,6 +74,7 @@ class Stage(enum.IntEnum):
 
 
 _HEAD, _FORWARD = Stage.HEAD, Stage.FORWARD
+_FORWARDING = Phase.FORWARD
 
 
 class Wire:
@@ -106,6 +107,7 @@ class Wire:
 
 
 _HEAD, _FORWARD = Stage.HEAD, Stage.FORWARD
+_FORWARDING = Phase.FORWARD
 
 
 class Connection:
@@ -132,10 +134,8 @@ class Connection:
     _hold: bool
     _left: int
     _unsent: int
-    _vouched_fields: Fields | None
-    _vouched_principal: Principal | None
-    _vouched_host: str
-    _vouched_text: str
+    _spelled: tuple[Fields, Principal, str, str] | None
+    _spelled_text: str
     exchange: Exchange | None
     deadline: float
     peer: str
@@ -159,10 +159,8 @@ class Connection:
         self._hold = False
         self._left = 0
         self._unsent = 0
-        self._vouched_fields = None
-        self._vouched_principal = None
-        self._vouched_host = ""
-        self._vouched_text = ""
+        self._spelled = None
+        self._spelled_text = ""
         self.exchange = None
         self.deadline = NEVER
         self.peer = ""
@@ -360,8 +358,7 @@ class Connection:
         verdict = self._gateway.judge(x)
         if verdict is None:
             route = x.route
-            assert route is not None
-            x.phase = Phase.FORWARD
+            x.phase = _FORWARDING
             if route.backend:
                 self._forward(x, route)
             else:
@@ -442,7 +439,6 @@ class Connection:
 
     def _begin_collecting(self, x: Exchange) -> None:
         head = x.head
-        assert head is not None
         if head.length == 0:
             self._answer_here(x, b"")
             return
@@ -464,7 +460,7 @@ class Connection:
 
     def _collect(self, data: bytes) -> None:
         x, body, collected = self.exchange, self._body, self._collected
-        assert x is not None and body is not None and collected is not None and x.route is not None
+        assert x is not None and body is not None and collected is not None
         content = body.feed(data)
         if not self._body_is_sound(x, x.route, body, len(content)):
             return
@@ -482,7 +478,7 @@ class Connection:
 
     def _refuse(self, x: Exchange, refusal: Refusal) -> None:
         """Answer in place of the backend or the handler."""
-        if refusal.close or (x.head is not None and not x.head.minor):
+        if refusal.close or (x.known_head is not None and not x.head.minor):
             self._keep_alive = False
         left = self._unread_body(x)
         if left < 0 or left > LINGER_BYTES:
@@ -491,7 +487,7 @@ class Connection:
 
     def _unread_body(self, x: Exchange) -> int:
         """Bytes of the request's body that nobody will read; -1: more than can be said."""
-        head = x.head
+        head = x.known_head
         if head is None:
             return -1
         if head.length == 0:

@@ -22,14 +22,14 @@ from typing import Any
 
 import msgspec
 
-from lucid.core.wire.redis_link import AWAY_ERRORS, BLOCK_SECONDS, RedisLink
+from lucid.core.wire.redis_link import AWAY_ERRORS, BLOCK_SECONDS, RedisLink, end_tasks
 
 STREAM_KEY = "lucid:control"
 WORKERS_KEY = "lucid:workers"
 
 STREAM_LENGTH = 4_096
 HEARTBEAT_SECONDS = 1.0
-DEAD_SECONDS = 5
+DEAD_SECONDS = 5.0
 OUTBOX_LENGTH = 1_000
 ENTRIES_PER_READ = 256
 
@@ -124,9 +124,7 @@ class ControlChannel:
             await asyncio.wait_for(self._first_beat.wait(), 1.0)
 
     async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(self._tasks)
         self._tasks = []
         if self._beating:
             with contextlib.suppress(*AWAY_ERRORS):
@@ -160,7 +158,7 @@ class ControlChannel:
 
     async def _beat(self, member: bytes) -> None:
         now_ms, listed = await self._redis.execute(
-            "EVAL", _BEAT, 1, WORKERS_KEY, member, DEAD_SECONDS * 1_000
+            "EVAL", _BEAT, 1, WORKERS_KEY, member, int(DEAD_SECONDS * 1_000)
         )
         workers: list[dict[str, Any]] = []
         for told, seen_ms in zip(listed[::2], listed[1::2], strict=True):

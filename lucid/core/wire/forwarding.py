@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from lucid.core.exchange import Exchange, Phase, Refusal, Source
 from lucid.core.rules.breaker import FAILURE_STATUSES, Outcome
 from lucid.core.rules.framing import CHUNKED, LAST_CHUNK, Answer, Fault, Head, body_for, body_length, chunk
-from lucid.core.rules.headers import answer_head, upstream_head, without_fields
+from lucid.core.rules.headers import WITH_CONTENT, answer_head, body_lines, lasting_lines, without_fields
 from lucid.core.rules.routes import Route, forward_path
 from lucid.core.wire.connection import NEVER, Connection, Stage
 from lucid.core.wire.pool import Pool
@@ -64,11 +64,8 @@ class Forwarding(Connection):
 
     def _send_up(self, x: Exchange, route: Route, upstream: Upstream, authority: str) -> None:
         head, target = x.head, x.target
-        assert head is not None and target is not None
         length = head.length
-        data = upstream_head(
-            head, forward_path(route, target), authority=authority, vouched=self._vouched(x), length=length
-        )
+        data = self._head_up(x, forward_path(route, target), authority, length)
         self._stage = _FORWARD
         self._upstream = upstream
         self._release()
@@ -95,31 +92,33 @@ class Forwarding(Connection):
             self._buffer = body.rest
             self._body = None
 
-    def _vouched(self, x: Exchange) -> str:
-        """The lines that only the gateway may say to a backend."""
-        head, principal = x.head, x.principal
-        assert head is not None and principal is not None
+    def _head_up(self, x: Exchange, path: str, authority: str, length: int) -> bytes:
+        """The request's head as a backend gets it.
+
+        Callers repeat themselves on a connection, so all that does not change from one exchange to the next is
+        spelled once for all of them: the caller's own lines, who they are, and where they come from.
+        """
+        head = x.head
         fields = head.fields
-        # Callers repeat themselves on a connection: who they are and where from is spelled once for all of it.
+        spelled = self._spelled
         if (
-            fields is not self._vouched_fields
-            or principal is not self._vouched_principal
-            or head.host != self._vouched_host
+            spelled is None
+            or spelled[0] is not fields
+            or spelled[1] is not x.principal
+            or spelled[2] != head.host
+            or spelled[3] != authority
         ):
-            self._vouched_fields, self._vouched_principal, self._vouched_host = fields, principal, head.host
-            who = ""
-            if principal.user_id:
-                who = f"X-User-Id: {principal.user_id}\r\nX-User-Role: {principal.role.label}\r\n"
+            self._spelled = (fields, x.principal, head.host, authority)
             hops = self._gateway.policy.forwarded_for(x.peer, fields.forwarded_for)
-            self._vouched_text = (
-                f"{who}X-Forwarded-For: {hops}\r\nX-Forwarded-Proto: {self._wire.scheme}\r\n"
-                f"X-Forwarded-Host: {head.host}\r\n"
-            )
+            self._spelled_text = lasting_lines(head, x.principal, authority, hops, self._wire.scheme)
         state = (
             "".join([f"tracestate: {value}\r\n" for value in fields.tracestate]) if x.trace_continued else ""
         )
-        trace = f"00-{x.trace_id}-{x.span_id}-{x.trace_flags}"
-        return f"{self._vouched_text}X-Request-ID: {x.request_id}\r\ntraceparent: {trace}\r\n{state}"
+        framing = body_lines(head) if length or head.method in WITH_CONTENT else ""
+        return (
+            f"{head.method} {path} HTTP/1.1\r\n{self._spelled_text}{framing}{state}X-Request-ID: {x.request_id}\r\n"
+            f"traceparent: 00-{x.trace_id}-{x.span_id}-{x.trace_flags}\r\n\r\n"
+        ).encode("latin-1")
 
     def _coded(self, content: bytes, length: int, done: bool) -> bytes:
         if length != CHUNKED:
@@ -129,7 +128,7 @@ class Forwarding(Connection):
     def _stream_up(self, data: bytes) -> None:
         """More of the request's body arrived."""
         x, body, upstream = self.exchange, self._body, self._upstream
-        assert x is not None and body is not None and x.route is not None and x.head is not None
+        assert x is not None and body is not None
         content = body.feed(data)
         if not self._body_is_sound(x, x.route, body, len(content)):
             return
@@ -147,12 +146,12 @@ class Forwarding(Connection):
 
     def interim(self, answer: Answer) -> None:
         x = self.exchange
-        if x is not None and x.head is not None and x.head.minor and answer.status in (100, 103):
+        if x is not None and x.head.minor and answer.status in (100, 103):
             self._out.write(answer_head(answer, b""))
 
     def answer_begun(self, answer: Answer, content: bytes, done: bool) -> None:
         x = self.exchange
-        assert x is not None and x.head is not None and x.route is not None
+        assert x is not None
         gateway = self._gateway
         x.status = answer.status
         x.phase = Phase.RESPOND
@@ -203,7 +202,6 @@ class Forwarding(Connection):
         return framing if head.minor else framing + b"Connection: keep-alive\r\n"
 
     def _head_with_cors(self, x: Exchange, answer: Answer, added: bytes) -> bytes:
-        assert x.head is not None
         lines = without_fields(answer.forwarded, ("access-control-",))
         fields = "".join(
             [f"{name}: {value}\r\n" for name, value in self._gateway.cors.answer_fields(x.head.fields.origin)]
@@ -218,7 +216,7 @@ class Forwarding(Connection):
 
     def answer_content(self, content: bytes, done: bool) -> None:
         x = self.exchange
-        assert x is not None and x.route is not None
+        assert x is not None
         x.bytes_out += len(content)
         data = self._recoded(content, done)
         if data:
@@ -232,7 +230,7 @@ class Forwarding(Connection):
 
     def answer_failed(self, failure: Failure) -> None:
         x = self.exchange
-        assert x is not None and x.route is not None and x.head is not None
+        assert x is not None
         self._upstream = None
         gateway = self._gateway
         now = gateway.monotonic()
@@ -265,7 +263,7 @@ class Forwarding(Connection):
 
     def _answer_goes_on(self) -> None:
         x = self.exchange
-        if x is not None and x.route is not None and self._answering:
+        if x is not None and self._answering:
             idle = x.route.timeouts.idle
             self.deadline = self._gateway.monotonic() + idle if idle else NEVER
 

@@ -33,7 +33,7 @@ from lucid.core.exchange import Limit
 from lucid.core.rules.bucket import Answer, Call, KeyAnswer, Message, Op
 from lucid.core.rules.leases import Claim, Counters, Flight, Leases, Shape, Standing, Take
 from lucid.core.wire.control_channel import ControlChannel
-from lucid.core.wire.redis_link import AWAY_ERRORS, RedisLink
+from lucid.core.wire.redis_link import AWAY_ERRORS, RedisLink, end_tasks
 
 MARKER_KEY = "lucid:limiter"
 
@@ -190,14 +190,13 @@ class LeaseStore:
         """Returns what is held, out of memory first. What comes later is decided without the store."""
         if self._task is None:
             return
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
+        await end_tasks([self._task])
         self._task = None
         if not self.leases.away:
             with contextlib.suppress(TimeoutError, *FAILURES):
                 await asyncio.wait_for(self._return_all(), STOP_SECONDS)
         self.leases.away = True
+        self.leases.decide_waiting(self._clock())
 
     async def _return_all(self) -> None:
         while True:
@@ -264,12 +263,14 @@ class LeaseStore:
         watch = _Watch(self, flight, self._deadline_seconds, self._clock)
         try:
             answer = await self._evaluate(flight.keys, flight.call)
-        except BaseException as error:
+        except FAILURES as error:
             self._go_away(error)
             self.leases.fail(flight, self._clock())
-            if not isinstance(error, FAILURES):
-                raise
             return
+        except BaseException:
+            # Stopping: who waited is queued again, and `stop` settles the queue.
+            self.leases.fail(flight, self._clock())
+            raise
         finally:
             watch.cancel()
         self.leases.apply(flight, answer, self._clock())

@@ -37,7 +37,7 @@ class _ControlHttp(Http):
     def head_only(self) -> bool:
         # Sanic routes HEAD apart from GET; it is handed GET, and answers without a body.
         x = cast("GatewayProtocol", self.protocol).exchange
-        return x is not None and x.head is not None and x.head.method == "HEAD"
+        return x is not None and x.head.method == "HEAD"
 
     @head_only.setter
     def head_only(self, value: object) -> None:
@@ -115,7 +115,6 @@ class GatewayProtocol(Forwarding, HttpProtocol):
 
     def _head_for_sanic(self, x: Exchange, length: int) -> bytes:
         head, target = x.head, x.target
-        assert head is not None and target is not None
         method = "GET" if head.method == "HEAD" else head.method
         connection = "keep-alive" if self._keep_alive and not self._must_close() else "close"
         framing = f"content-length: {length}\r\n" if length else ""

@@ -4,10 +4,11 @@ A retry by the client would send a message twice after its first fate was decide
 each user decides for itself what to do again.
 """
 
+import asyncio
 import contextlib
 import secrets
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -31,6 +32,17 @@ AWAY_ERRORS: tuple[type[Exception], ...] = (RedisError, OSError, TimeoutError)
 def new_holder() -> str:
     """A worker's id for leases and the registry: random, so it never comes again. Draw it per process."""
     return secrets.token_hex(8)
+
+
+async def end_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancels until they have ended. Once is not enough for a task that awaits redis-py on Python 3.11: there
+    `asyncio.wait_for`, in which redis-py sends, swallows a cancellation that meets the result.
+    """
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=0.05)
 
 
 class RedisLink:

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lucid import checks
 from lucid.core.exchange import ROLES, Role
 from lucid.core.rules.routes import ALL_METHODS, Route, RouteTable, lies_under
 from lucid.settings import (
@@ -26,6 +25,7 @@ from lucid.settings import (
     RateSettings,
     RouteSettings,
     Timeouts,
+    checks,
 )
 
 T = TypeVar("T")

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
-from lucid import checks
 from lucid.core.exchange import RedisDown
 from lucid.settings import (
     BackendSettings,
@@ -24,6 +23,7 @@ from lucid.settings import (
     SettingsError,
     StoreSettings,
     TokenSettings,
+    checks,
 )
 
 T = TypeVar("T")
@@ -173,7 +173,7 @@ def read(environ: Mapping[str, str], *, serve: bool) -> Settings:
     backends, routes = _platform(env, rates)
     file = env.text("GATEWAY_CONFIG")
     if file:
-        from lucid.gateway_file import extend
+        from lucid.settings.gateway_file import extend
 
         backends, routes = extend(Path(file), backends, routes, rates, env.faults)
     env.faults += [f"{name}: must not be set: no such setting" for name in env.unknown()]

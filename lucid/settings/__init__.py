@@ -150,6 +150,6 @@ def load_settings(environ: Mapping[str, str], *, serve: bool = True) -> Settings
     `serve`: a key is demanded, as nothing can be verified without one. Raises SettingsError with all faults.
     """
     # The reader knows the route table, which knows these structs.
-    from lucid.environment import read
+    from lucid.settings.environment import read
 
     return read(environ, serve=serve)

@@ -2,8 +2,8 @@
 
 import os
 
-from lucid.checks import mask_uri
 from lucid.settings import LimitSettings, RouteSettings, Settings
+from lucid.settings.checks import mask_uri
 
 _UNITS = (("GB", 1024**3), ("MB", 1024**2), ("KB", 1024))
 
