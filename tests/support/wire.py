@@ -121,7 +121,9 @@ class FakeTransport(asyncio.Transport):
         assert not self._ended, "a write behind write_eof"
         if self.closing:
             if not self.lost:
-                self._world.faults.append(f"a write of {len(data)} bytes to a connection that is being closed")
+                self._world.faults.append(
+                    f"a write of {len(data)} bytes to a connection that is being closed"
+                )
             return
         self._pending += data
         self.buffered = len(self._pending)

@@ -99,7 +99,7 @@ def nothing_before(seconds: float) -> tuple[Step, Step, Step]:
         caller(POST[:-5]),
         *nothing_before(30.0),
         to_caller(TOO_SLOW),
-        to_backend(POSTED[:-5] + "<aborted>"),
+        to_backend(POSTED[:-5] + "<closed>"),
     ),
     Talk(
         "a body that stops",
@@ -108,13 +108,13 @@ def nothing_before(seconds: float) -> tuple[Step, Step, Step]:
         caller(b"he"),
         *nothing_before(60.0),
         to_caller(TOO_SLOW),
-        to_backend(POSTED[:-3] + "<aborted>"),
+        to_backend(POSTED[:-3] + "<closed>"),
     ),
     Talk(
         "a silent backend",
         caller(GET + LOST),
         *nothing_before(30.0),
-        to_backend(ASKED + "<aborted>"),
+        to_backend(ASKED + "<closed>"),
         to_caller(TIMED_OUT.format("") + NOT_FOUND),
     ),
     Talk(
@@ -123,7 +123,7 @@ def nothing_before(seconds: float) -> tuple[Step, Step, Step]:
         after(20.0),
         caller(b"o"),
         *nothing_before(30.0),
-        to_backend(POSTED + "<aborted>"),
+        to_backend(POSTED + "<closed>"),
         to_caller(TIMED_OUT.format("")),
     ),
     Talk(
@@ -132,7 +132,7 @@ def nothing_before(seconds: float) -> tuple[Step, Step, Step]:
         backend(OK[:-1]),
         to_caller(ANSWERED[:-1]),
         *nothing_before(60.0),
-        to_backend(ASKED + "<aborted>"),
+        to_backend(ASKED + "<closed>"),
         to_caller("<aborted>"),
     ),
     Talk(
@@ -164,7 +164,7 @@ def nothing_before(seconds: float) -> tuple[Step, Step, Step]:
         caller(EXPECTING),
         *nothing_before(30.0),
         to_backend(
-            "POST /open/a HTTP/1.1\nHost: core:8084\nContent-Length: 5\nExpect: 100-continue\n\n<aborted>"
+            "POST /open/a HTTP/1.1\nHost: core:8084\nContent-Length: 5\nExpect: 100-continue\n\n<closed>"
         ),
         to_caller(TIMED_OUT.format("Connection: close\n") + "<eof>"),
         mark=bug("_expire_forward blames the caller (408) though the backend owes a 100 or an answer"),
@@ -174,7 +174,7 @@ def nothing_before(seconds: float) -> tuple[Step, Step, Step]:
         caller(GET),
         backend(CHUNKED),
         *(3 * (after(2.0), backend(b"1\r\nx\r\n"))),
-        to_backend(ASKED + "<aborted>"),
+        to_backend(ASKED + "<closed>"),
         to_caller("HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\nxx<aborted>"),
         routes=[Route("/open/**", "core", Role.PUBLIC, timeouts=Timeouts(total=5.0))],
         mark=bug("timeouts.total of the contract is enforced nowhere"),
@@ -234,11 +234,11 @@ def test_draining(talk: Talk) -> None:
 
 
 GONE: list[tuple[str, list[Step], Phase, list[str], str]] = [
-    ("waiting for the backend", [caller(GET)], Phase.FORWARD, ["neutral"], ASKED + "<aborted>"),
-    ("sending a body", [caller(POST[:-2])], Phase.FORWARD, ["neutral"], POSTED[:-2] + "<aborted>"),
-    ("reading the answer", [caller(GET), backend(OK[:-1])], Phase.RESPOND, ["success"], ASKED + "<aborted>"),
+    ("waiting for the backend", [caller(GET)], Phase.FORWARD, ["neutral"], ASKED + "<closed>"),
+    ("sending a body", [caller(POST[:-2])], Phase.FORWARD, ["neutral"], POSTED[:-2] + "<closed>"),
+    ("reading the answer", [caller(GET), backend(OK[:-1])], Phase.RESPOND, ["success"], ASKED + "<closed>"),
     ("sending a body for us", [caller(OWN + b"Content-Length: 5\r\n\r\nhe")], Phase.FORWARD, [], ""),
-    ("pipelining", [caller(GET + GET)], Phase.FORWARD, ["neutral"], ASKED + "<aborted>"),
+    ("pipelining", [caller(GET + GET)], Phase.FORWARD, ["neutral"], ASKED + "<closed>"),
 ]
 
 

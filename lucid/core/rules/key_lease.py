@@ -4,6 +4,7 @@ The rules are told in `leases`, which owns these and is the only one to use them
 """
 
 from collections import deque
+from collections.abc import Callable
 
 import msgspec
 
@@ -12,6 +13,12 @@ from lucid.core.rules.bucket import CURRENT_SLOT, SLOTS, Entry, KeyAnswer, Messa
 
 STRICT_RETRY_SECONDS = 1.0
 """What a caller is told while only the store could say more: the store is tried at least that often."""
+
+
+RECALL_SECONDS = 0.05
+"""How long a request waits for what other workers hold: a push, their call, then ours."""
+RECALL_PAUSE_SECONDS = 0.5
+"""Between two recalls of a key by one worker, in which its refusals come from memory."""
 
 
 class Shape(msgspec.Struct, frozen=True):
@@ -72,6 +79,9 @@ class Worker:
         self.live: dict[KeyLease, None] = {}
         """Those that the store must still hear about."""
         self.most_live = most_live
+        self.recall: Callable[[list[KeyLease]], None] | None = None
+        """Asks other workers for what they hold of these keys, and calls `Leases.requeue` after `RECALL_SECONDS`;
+        set by the owner, None where nobody can be asked."""
 
 
 class KeyLease:
@@ -88,6 +98,7 @@ class KeyLease:
         "counted",
         "deadline",
         "deny_until",
+        "elsewhere",
         "fields_pattern",
         "flying",
         "free",
@@ -105,6 +116,9 @@ class KeyLease:
         "offset_ms",
         "opened",
         "policy",
+        "recall_until",
+        "recalled",
+        "recalled_at",
         "renew_at",
         "reserved",
         "sent",
@@ -141,6 +155,13 @@ class KeyLease:
         self.free = 0
         self.free_at = 0.0
         self.deny_until = 0.0
+        self.elsewhere = 0
+        """What other workers held as of the store's last answer."""
+        self.recalled = False
+        """Another worker has need of what is held here: the next message returns it."""
+        self.recalled_at = float("-inf")
+        """When this worker asked others for theirs, and until when it waits for that."""
+        self.recall_until = float("-inf")
         self.held_until = 0.0
         self.history: deque[tuple[float, int]] = deque()
         """`(end of slot, admissions)` by this worker's own clock: what `safe` counts by."""
@@ -238,6 +259,14 @@ class KeyLease:
             one, two = self.journal[:2]
             both = (max(one[0], two[0]), max(one[1], two[1]), one[2] + two[2], min(one[3], two[3]))
             self.journal[:2] = [both]
+
+    def may_recall(self, now: float) -> bool:
+        """Whether others hold what is not free, and can be asked for it. Until then nobody is refused."""
+        return (
+            self.elsewhere > 0
+            and self.worker.recall is not None
+            and now - self.recalled_at >= RECALL_PAUSE_SECONDS
+        )
 
     # --- without the store
 
@@ -351,7 +380,9 @@ class KeyLease:
     def message(self, now: float, waiting: int, closing: bool) -> Message:
         """The next message; from here on this seq counts as sent."""
         self.roll(now)
-        wanted, life_ms = (0, self.shape.short_ms) if closing else self.plan(now, waiting)
+        gives_back = closing or self.recalled
+        self.recalled = False
+        wanted, life_ms = (0, self.shape.short_ms) if gives_back else self.plan(now, waiting)
         if not wanted and self.has:
             self.worker.counters.returned += self.has
             self.has = self.opened = 0
@@ -398,12 +429,13 @@ class KeyLease:
         self.low = (self.has + 9) // 10 if answer.granted else -1
         self.worker.counters.granted += answer.granted
         self.free = answer.free
+        self.elsewhere = answer.elsewhere
         self.free_at = now + answer.free_ms / 1_000 if answer.free_ms else 0.0
         self.deny_until = 0.0
         if answer.held_ms:
             # From the time of sending: it ends early rather than late.
             self.held_until = sent + answer.held_ms / 1_000
-        elif answer.free <= 0:
+        elif answer.free <= 0 and not self.may_recall(now):
             # What others hold may come back before a slot leaves, and nobody tells: look again a slot later.
             wait_ms = min(answer.free_ms, self.shape.slot_ms) if answer.elsewhere else answer.free_ms
             self.deny_until = now + wait_ms / 1_000

@@ -20,13 +20,13 @@ was answered last: an answer's time minus the time of *sending* maps late, never
 import enum
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
 from lucid.core.exchange import Limit
 from lucid.core.rules.bucket import SLOTS, Answer, Call, Group, Message
-from lucid.core.rules.key_lease import Counters, KeyLease, Shape, Worker
+from lucid.core.rules.key_lease import RECALL_SECONDS, Counters, KeyLease, Shape, Worker
 
 __all__ = ["Claim", "Counters", "Flight", "Leases", "LimitSet", "Shape", "Standing", "Take", "Waiter"]
 
@@ -235,6 +235,7 @@ class Leases(Worker):
         self.waiting: deque[Waiter] = deque()
         self.wake: Callable[[], None] = lambda: None
         """Called when something became due in the background; set by the owner."""
+        self.deferred: list[Waiter] = []
         self.shape = shape
         self._slots = slots
         self._calls = 0
@@ -354,6 +355,9 @@ class Leases(Worker):
             if verdict is not Take.WANTING:
                 waiter.settle(verdict is Take.ADMITTED)
                 continue
+            if any(now < lease.recall_until for lease in waiter.claim.all):
+                self.deferred.append(waiter)
+                continue
             for lease in waiter.claim.all:
                 if lease.ready(now):
                     waiter.aside.append(lease.put_aside())
@@ -388,6 +392,7 @@ class Leases(Worker):
         self.known = answer.epoch
         for lease, message, key_answer in zip(flight.leases, flight.call.messages, answer.keys, strict=True):
             lease.answered(message, key_answer, flight.sent, now)
+        asked: dict[KeyLease, None] = {}
         for waiters, count in zip(flight.groups, answer.direct, strict=True):
             for at, waiter in enumerate(waiters):
                 if at < count:
@@ -396,8 +401,47 @@ class Leases(Worker):
                     self._decide_alone(waiter, now)
                 else:
                     waiter.release()
+                    if self._defer(waiter, asked, now):
+                        continue
                     self.counters.refused += 1
                     waiter.settle(False)
+        if asked and self.recall is not None:
+            self.recall(list(asked))
+
+    def _defer(self, waiter: Waiter, asked: dict[KeyLease, None], now: float) -> bool:
+        """Whether the waiter waits for what others hold unspent, so that nobody is refused below the limit.
+
+        At most one recall per key and `RECALL_PAUSE_SECONDS`: a caller over its limit is refused from memory.
+        """
+        blocking = [lease for lease in waiter.direct if lease.free <= 0]
+        if self.recall is None or not blocking or not all(lease.elsewhere for lease in blocking):
+            return False
+        for lease in blocking:
+            if lease.may_recall(now):
+                lease.recalled_at = now
+                lease.recall_until = now + RECALL_SECONDS
+                lease.deny_until = 0.0
+                asked[lease] = None
+        if not any(now < lease.recall_until for lease in blocking):
+            return False
+        waiter.direct = []
+        self.deferred.append(waiter)
+        return True
+
+    def requeue(self, recalled: Iterable[KeyLease] = ()) -> None:
+        """The others have had their time with these keys: who waited for them asks the store again."""
+        for lease in recalled:
+            lease.recall_until = float("-inf")
+        self.waiting.extend(self.deferred)
+        self.deferred.clear()
+
+    def give_back(self, key: str) -> None:
+        """Another worker has need of what this one holds of `key`: returned with the next call."""
+        lease = self._by_key.get(key)
+        if lease is not None and lease.reserved:
+            lease.recalled = True
+            self.due[lease] = None
+            self.wake()
 
     def _granted(self, waiter: Waiter, now: float) -> bool:
         self.counters.direct += len(waiter.direct)
@@ -440,6 +484,7 @@ class Leases(Worker):
 
     def decide_waiting(self, now: float) -> None:
         """Settles the queue without the store; set `away` first."""
+        self.requeue()
         while self.waiting:
             waiter = self.waiting.popleft()
             if not waiter.gone:

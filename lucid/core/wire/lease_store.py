@@ -31,7 +31,16 @@ from redis.exceptions import NoScriptError
 
 from lucid.core.exchange import Limit
 from lucid.core.rules.bucket import Answer, Call, KeyAnswer, Message, Op
-from lucid.core.rules.leases import Claim, Counters, Flight, Leases, Shape, Standing, Take
+from lucid.core.rules.key_lease import RECALL_SECONDS, KeyLease
+from lucid.core.rules.leases import (
+    Claim,
+    Counters,
+    Flight,
+    Leases,
+    Shape,
+    Standing,
+    Take,
+)
 from lucid.core.wire.control_channel import ControlChannel
 from lucid.core.wire.redis_link import AWAY_ERRORS, RedisLink, end_tasks
 
@@ -104,8 +113,10 @@ class LeaseStore:
         self._next_probe = 0.0
         self._probe_pause_seconds = FIRST_PROBE_SECONDS
         self._task: asyncio.Task[None] | None = None
+        self._pushing: set[asyncio.Task[bool]] = set()
         if control is not None:
             control.subscribe("limit_reset", self._on_reset, self._on_gap)
+            control.subscribe("lease_recall", self._on_recall)
 
     @property
     def counters(self) -> Counters:
@@ -165,6 +176,31 @@ class LeaseStore:
         except FAILURES as error:
             raise StoreAwayError(str(error)) from error
         return answer.keys[0]
+
+    def _recall(self, leases: list[KeyLease]) -> None:
+        """Pushed to all workers; those that hold nothing of these keys do nothing."""
+        loop = asyncio.get_running_loop()
+        if self._control is not None:
+            body = {"holder": self.leases.holder, "keys": [lease.key for lease in leases]}
+            pushing = loop.create_task(
+                self._control.publish("lease_recall", body), name="lucid limiter recall"
+            )
+            self._pushing.add(pushing)
+            pushing.add_done_callback(self._pushing.discard)
+        loop.call_later(RECALL_SECONDS, self._after_recall, leases)
+
+    def _after_recall(self, leases: list[KeyLease]) -> None:
+        self.leases.requeue(leases)
+        self._awake.set()
+
+    def _on_recall(self, body: Mapping[str, Any]) -> None:
+        if body.get("holder") == self.leases.holder:
+            return
+        for key in body.get("keys", ()):
+            self.leases.give_back(str(key))
+        # Somebody waits for it: the call is not to be gathered with others for long.
+        self._background_due = self._clock()
+        self._awake.set()
 
     def _on_reset(self, body: Mapping[str, Any]) -> None:
         self.leases.reset(str(body.get("limit", "")), str(body.get("identifier", "")))
@@ -273,6 +309,8 @@ class LeaseStore:
             raise
         finally:
             watch.cancel()
+        reachable = self._control is not None and self._control.connected
+        self.leases.recall = self._recall if reachable else None
         self.leases.apply(flight, answer, self._clock())
         if watch.missed:
             self.counters.late += 1
