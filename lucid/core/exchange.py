@@ -163,7 +163,10 @@ class Exchange:
     route: "Route"
     principal: Principal
 
-    def __init__(self, head: "Head | None", peer: str, address: str, started: float) -> None:
+    def __init__(
+        self, head: "Head | None", peer: str, address: str, started: float, ids: tuple[str, str, str]
+    ) -> None:
+        """`started` is monotonic seconds; `ids` are the trace's, the request's and the span's."""
         self.head = head  # type: ignore[assignment]
         self.peer = peer
         self.address = address
@@ -177,9 +180,7 @@ class Exchange:
         self.admitted: bool | None = None
         self.permit: Permit | None = None
         self.outcome: Outcome | None = None
-        self.request_id = ""
-        self.trace_id = ""
-        self.span_id = ""
+        self.trace_id, self.request_id, self.span_id = ids
         self.trace_flags = "00"
         self.trace_continued = False
         self.endpoint = ""

@@ -76,10 +76,8 @@ class Gateway:
     def open(self, head: Head | None, peer: str, address: str) -> Exchange:
         """A new exchange with its ids. `head` is None when there was no head to believe; `address` is the peer's
         in its one spelling."""
-        x = Exchange(head, peer, address, self.monotonic())
-        ids = self._ids or self._draw_ids()
-        x.trace_id, x.request_id, x.span_id = ids.pop()
-        if head is not None:
+        x = Exchange(head, peer, address, self.monotonic(), (self._ids or self._draw_ids()).pop())
+        if head is not None and head.fields.about_itself:
             fields = head.fields
             if fields.forwarded_for:
                 x.address = self.policy.client_address(peer, fields.forwarded_for)

@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lucid.core.exchange import Principal, Role
 from lucid.core.rules.framing import CHUNKED, Answer, Head, Memo, parse_answer, parse_head
 from lucid.core.rules.headers import (
     REASONS,
     SECURITY_FIELDS,
     answer_head,
+    lasting_lines,
     own_head,
     parent_trace,
     sane_request_id,
@@ -23,7 +25,9 @@ from lucid.errors import ErrorCode
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 SPAN = "00f067aa0ba902b7"
-VOUCHED = "X-User-Id: u1\r\nX-User-Role: user\r\n"
+CALLER = Principal(Role.USER, "authenticated", "u1", user_id="u1")
+NOBODY = Principal(Role.PUBLIC, "public", "192.0.2.9")
+HOPS = "X-Forwarded-For: 192.0.2.9\r\nX-Forwarded-Proto: https\r\nX-Forwarded-Host: gateway.example\r\n"
 
 
 def read(*lines: str, start: str = "GET /a HTTP/1.1") -> Head:
@@ -39,8 +43,9 @@ def answer(*lines: str) -> Answer:
     return found
 
 
-def sent(head: Head, path: str = "/a", vouched: str = VOUCHED) -> bytes:
-    return upstream_head(head, path, authority="10.0.0.1:80", vouched=vouched, length=head.length)
+def sent(head: Head, path: str = "/a", caller: Principal = CALLER) -> bytes:
+    lasting = lasting_lines(head, caller, "10.0.0.1:80", "192.0.2.9", "https")
+    return upstream_head(head, path, lasting, "X-Request-ID: r\r\n")
 
 
 # --- ids and traces --------------------------------------------------------------------------------------
@@ -129,7 +134,9 @@ def test_a_head_as_a_backend_gets_it() -> None:
     )
     assert sent(head, "/stripped?b") == (
         b"GET /stripped?b HTTP/1.1\r\nHost: 10.0.0.1:80\r\nAccept: */*\r\nCookie: a=b\r\n"
-        b"X-User-Id: u1\r\nX-User-Role: user\r\nVia: 1.1 lucid\r\n\r\n"
+        b"X-User-Id: u1\r\nX-User-Role: user\r\n"
+        + HOPS.encode()
+        + b"Via: 1.1 lucid\r\nX-Request-ID: r\r\n\r\n"
     )
 
 
@@ -161,8 +168,17 @@ def test_a_head_as_a_backend_gets_it() -> None:
 def test_how_a_body_is_announced_rfc_9110_8_6(start: str, lines: list[str], framing: list[str]) -> None:
     """A length of 0 where the method gives content a meaning; HTTP/1.0 expects nothing (10.1.1)."""
     head = read(*lines, start=start)
-    found = sent(head, vouched="").decode().split("\r\n")
-    assert found == [f"{head.method} /a HTTP/1.1", "Host: 10.0.0.1:80", *framing, "Via: 1.1 lucid", "", ""]
+    found = sent(head, caller=NOBODY).decode().replace(HOPS, "").split("\r\n")
+    host = "Host: 10.0.0.1:80"
+    assert found == [
+        f"{head.method} /a HTTP/1.1",
+        host,
+        "Via: 1.1 lucid",
+        *framing,
+        "X-Request-ID: r",
+        "",
+        "",
+    ]
 
 
 def test_bytes_beyond_ascii_pass_as_they_are_rfc_9110_5_5() -> None:
@@ -205,13 +221,15 @@ def test_nothing_that_passed_makes_a_line_of_its_own(start: str, more: list[str]
         return
     data = sent(head)
     assert re.fullmatch(rb"(?:[^\r\n]+\r\n)+\r\n", data)
-    assert data.count(b"\r\n") <= text.count("\r\n") + 5
+    assert data.count(b"\r\n") <= text.count("\r\n") + 9
     fields = one_request(data).headers
     found = {name: [value for other, value in fields if other == name] for name, _ in fields}
     assert found[b"host"] == [b"10.0.0.1:80"]
     assert found[b"x-user-id"] == [b"u1"]
     assert found[b"x-user-role"] == [b"user"]
-    assert [name for name, _ in fields][-3:] == [b"x-user-id", b"x-user-role", b"via"]
+    assert found[b"x-forwarded-for"] == [b"192.0.2.9"]
+    assert found[b"x-forwarded-host"] == [b"gateway.example"]
+    assert found[b"x-request-id"] == [b"r"]
     assert not {name.replace(b"_", b"-") for name in found if b"_" in name} & {b"x-user-id", b"x-user-role"}
     assert (b"transfer-encoding" in found) == (head.length == CHUNKED)
 

@@ -469,6 +469,89 @@ def test_a_reset_is_asked_for_again_at_once(world: World) -> None:
     assert claim.take(world.now(leases)) is Take.WANTING
 
 
+def busy(world: World, recalls: list[list[KeyLease]]) -> tuple[Leases, Claim, Leases, int]:
+    """This worker, another one that holds tokens of a limit of ten, and what that one has admitted."""
+    there, theirs = other(world)
+    there.known = "e"
+    here, ours = worker(world)
+    here.recall = recalls.append
+    admitted = world.ask(there, theirs, 5)
+    assert theirs.all[0].has > 0
+    return here, ours, there, admitted
+
+
+def test_what_another_worker_holds_is_asked_for_before_anybody_is_refused(world: World) -> None:
+    recalls: list[list[KeyLease]] = []
+    here, claim, there, admitted = busy(world, recalls)
+    told: list[bool] = []
+    for _ in range(12):
+        here.wait(claim, told.append)
+    world.call(here)
+    assert len(recalls) == 1
+    assert (sum(told), len(told), admitted + len(told) < 10) == (len(told), len(told), True)
+    # Until the others have had their time, newcomers wait with the rest, and nobody is refused from memory.
+    assert claim.take(world.now(here)) is Take.WANTING
+    here.wait(claim, told.append)
+    assert world.call(here) is None
+    there.give_back(recalls[0][0].key)
+    world.call(there)
+    here.requeue(recalls[0])
+    world.call(here)
+    assert admitted + sum(told) == 10
+    assert len(told) == 13
+    assert claim.take(world.now(here)) is Take.DENIED
+
+
+def test_a_holder_that_does_not_answer_is_asked_once_and_then_the_caller_is_refused(world: World) -> None:
+    recalls: list[list[KeyLease]] = []
+    here, claim, _, _ = busy(world, recalls)
+    told: list[bool] = []
+    for _ in range(12):
+        here.wait(claim, told.append)
+    world.call(here)
+    here.requeue(recalls[0])
+    world.call(here)
+    assert len(recalls) == 1
+    assert len(told) == 12
+    assert not told[-1]
+    assert claim.take(world.now(here)) is Take.DENIED
+    world.seconds += 0.6
+    world.ask(here, claim)
+    assert len(recalls) == 2
+
+
+def test_a_recall_ends_with_the_store(world: World) -> None:
+    recalls: list[list[KeyLease]] = []
+    here, claim, _, _ = busy(world, recalls)
+    told: list[bool] = []
+    for _ in range(12):
+        here.wait(claim, told.append)
+    world.call(here)
+    here.away = True
+    here.decide_waiting(world.now(here))
+    assert len(told) == 12
+
+
+def test_who_holds_nothing_gives_nothing_back(world: World) -> None:
+    leases, claim = worker(world)
+    world.ask(leases, claim)
+    leases.give_back(claim.all[0].key)
+    leases.give_back("rate_limit:user:nobody")
+    assert world.call(leases) is None
+
+
+def test_nobody_waits_for_others_where_another_limit_refuses_anyway(world: World) -> None:
+    recalls: list[list[KeyLease]] = []
+    tight = Limit("tight", 1, 60)
+    there, theirs = other(world)
+    there.known = "e"
+    world.ask(there, theirs, 5)
+    here, claim = worker(world, (USER, tight))
+    here.recall = recalls.append
+    assert world.ask(here, claim, 12) == 1
+    assert not recalls
+
+
 def test_claims_are_kept_by_what_their_limits_count_by(world: World) -> None:
     leases, _ = worker(world)
     by_user, by_address, by_both = LimitSet((USER,)), LimitSet((PUBLIC,)), LimitSet((PUBLIC, USER))

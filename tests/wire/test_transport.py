@@ -200,11 +200,11 @@ async def test_an_answer(method: str, said: bytes, status: int, content: bytes) 
 @timed()
 async def test_fields_that_occur_twice_are_not_merged() -> None:
     async def handler(request: Request, writer: Writer) -> None:
-        writer.write(b"HTTP/1.1 200 OK\r\nSet-Cookie: a=1\r\nSet-Cookie: b=2\r\nContent-Length: 0\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nX-A: a, b\r\nX-A: c\r\nContent-Length: 0\r\n\r\n")
 
     async with bench(handler) as b:
         answer = await b.client.get("/")
-        assert answer.headers.get_list("set-cookie") == ["a=1", "b=2"]
+        assert answer.headers.get_list("x-a") == ["a, b", "c"]
 
 
 @bug("httpx's client keeps cookies unless Set-Cookie is withheld, or its jar refuses all")

@@ -104,6 +104,7 @@ class Fields:
     """
 
     __slots__ = (
+        "about_itself",
         "api_key",
         "authorization",
         "close",
@@ -142,6 +143,8 @@ class Fields:
         self.tracestate: tuple[str, ...] = ()
         self.forwarded_for: tuple[str, ...] = ()
         self.forwarded = ""
+        self.about_itself = False
+        """Whether any of X-Request-ID, traceparent and X-Forwarded-For is here."""
 
 
 class Head:
@@ -391,6 +394,9 @@ def parse_fields(block: str) -> Fields | Fault:
         if _DIGITS.fullmatch(length) is None or int(length) > MAX_CONTENT_LENGTH:
             return Fault(400, "Content-Length is not a number of bytes (RFC 9112 6.2)")
         fields.length = int(length)
+    fields.about_itself = (
+        fields.request_id is not None or fields.traceparent is not None or bool(fields.forwarded_for)
+    )
     fields.close = "close" in named
     fields.keep_alive = "keep-alive" in named
     fields.forwarded = "".join(

@@ -47,7 +47,7 @@ REASONS: Final[Mapping[int, str]] = {
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
-WITH_CONTENT: Final = frozenset({"POST", "PUT", "PATCH"})
+_WITH_CONTENT: Final = frozenset({"POST", "PUT", "PATCH"})
 """Methods for which an empty body is announced as such (RFC 9110 8.6)."""
 
 
@@ -86,8 +86,14 @@ def lasting_lines(head: Head, principal: Principal, authority: str, hops: str, s
     )
 
 
-def body_lines(head: Head) -> str:
-    """The lines that say what body follows, and whether the caller waits for a 100."""
+def upstream_head(head: Head, path: str, lasting: str, changing: str) -> bytes:
+    """The request's head as a backend gets it: `lasting` from `lasting_lines`, `changing` what each exchange has of
+    its own, lines with their CRLF both; between them what follows from the body."""
+    framing = _body_lines(head) if head.length or head.method in _WITH_CONTENT else ""
+    return f"{head.method} {path} HTTP/1.1\r\n{lasting}{framing}{changing}\r\n".encode("latin-1")
+
+
+def _body_lines(head: Head) -> str:
     if head.length == 0:
         return "Content-Length: 0\r\n"
     framing = (

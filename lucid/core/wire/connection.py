@@ -512,7 +512,8 @@ class Connection:
         if self._body is not None:
             self._body = None
             self._left = -1
-        self._release()
+        if self._hold:
+            self._release()
         if not self._keep_alive or self._eof:
             if self._left and not self._eof:
                 self._linger()

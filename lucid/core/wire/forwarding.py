@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from lucid.core.exchange import Exchange, Phase, Refusal, Source
 from lucid.core.rules.breaker import FAILURE_STATUSES, Outcome
 from lucid.core.rules.framing import CHUNKED, LAST_CHUNK, Answer, Fault, Head, body_for, body_length, chunk
-from lucid.core.rules.headers import WITH_CONTENT, answer_head, body_lines, lasting_lines, without_fields
+from lucid.core.rules.headers import answer_head, lasting_lines, upstream_head, without_fields
 from lucid.core.rules.routes import Route, forward_path
 from lucid.core.wire.connection import NEVER, Connection, Stage
 from lucid.core.wire.pool import Pool
@@ -65,7 +65,7 @@ class Forwarding(Connection):
     def _send_up(self, x: Exchange, route: Route, upstream: Upstream, authority: str) -> None:
         head, target = x.head, x.target
         length = head.length
-        data = self._head_up(x, forward_path(route, target), authority, length)
+        data = self._head_up(x, forward_path(route, target), authority)
         self._stage = _FORWARD
         self._upstream = upstream
         self._release()
@@ -92,7 +92,7 @@ class Forwarding(Connection):
             self._buffer = body.rest
             self._body = None
 
-    def _head_up(self, x: Exchange, path: str, authority: str, length: int) -> bytes:
+    def _head_up(self, x: Exchange, path: str, authority: str) -> bytes:
         """The request's head as a backend gets it.
 
         Callers repeat themselves on a connection, so all that does not change from one exchange to the next is
@@ -114,11 +114,9 @@ class Forwarding(Connection):
         state = (
             "".join([f"tracestate: {value}\r\n" for value in fields.tracestate]) if x.trace_continued else ""
         )
-        framing = body_lines(head) if length or head.method in WITH_CONTENT else ""
-        return (
-            f"{head.method} {path} HTTP/1.1\r\n{self._spelled_text}{framing}{state}X-Request-ID: {x.request_id}\r\n"
-            f"traceparent: 00-{x.trace_id}-{x.span_id}-{x.trace_flags}\r\n\r\n"
-        ).encode("latin-1")
+        trace = f"00-{x.trace_id}-{x.span_id}-{x.trace_flags}"
+        changing = f"{state}X-Request-ID: {x.request_id}\r\ntraceparent: {trace}\r\n"
+        return upstream_head(head, path, self._spelled_text, changing)
 
     def _coded(self, content: bytes, length: int, done: bool) -> bytes:
         if length != CHUNKED:
@@ -173,9 +171,7 @@ class Forwarding(Connection):
         data = self._head_with_cors(x, answer, added) if gateway.cors.enabled else answer_head(answer, added)
         self._answering = True
         x.bytes_out = len(content)
-        if content or done:
-            data += self._recoded(content, done)
-        self._out.write(data)
+        self._out.write(data + (self._recoded(content, done) if self._rechunk else content))
         if done:
             self._upstream = None
             self._end(x)
@@ -189,8 +185,10 @@ class Forwarding(Connection):
             # The caller's body is not wanted to its end: neither connection can be used again (9.3).
             self._keep_alive = False
         self._rechunk = False
-        framing = answer.length_line if answer.status != 204 else b""
-        if body_length(answer, head.method) < 0:
+        framing = answer.length_line
+        if answer.status == 204:
+            framing = b""
+        elif answer.length < 0 and body_length(answer, head.method) < 0:
             if head.minor:
                 framing = b"Transfer-Encoding: chunked\r\n"
                 self._rechunk = True

@@ -223,13 +223,11 @@ class Upstream(asyncio.Protocol):
         """The answer is whole. Reuse only what is certain: both messages ended, and nothing came behind them."""
         answer = self._answer
         assert answer is not None
-        reusable = self._request_done and not rest and answer.keep_alive and answer.length != UNTIL_CLOSE
-        if answer.length == UNTIL_CLOSE and (self._method == "HEAD" or answer.status in (204, 304)):
-            reusable = self._request_done and not rest and answer.keep_alive
+        bounded = answer.length != UNTIL_CLOSE or body_length(answer, self._method) == 0
         self._sink = None
         self._answer = None
         self._body = None
-        if reusable and self.usable:
+        if bounded and self._request_done and not rest and answer.keep_alive:
             self._on_idle(self)
         else:
             self._close()
