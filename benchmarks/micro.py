@@ -101,7 +101,7 @@ def build() -> tuple[Door, Callable[[], Upstream]]:
         lease.has, lease.until = 10**12, time.monotonic() + 10**6
         _KEPT.append(lease)
     pool = Pool(scheme="http", host="127.0.0.1", port=9, max_connections=8, monotonic=time.monotonic)
-    wire = Wire(gateway, {"chain": Balancer("chain", [pool])}, scheme="http")
+    wire = Wire(gateway, {"chain": Balancer("chain", [pool], time.monotonic)}, scheme="http")
     door = Door(wire)
     door.connection_made(Nowhere())
     upstream = Upstream(pool.label, pool._memo, pool._came_idle, pool._lost)

@@ -238,7 +238,7 @@ def _balancer(backend: BackendSettings) -> Balancer:
         )
         for endpoint in backend.endpoints
     ]
-    return Balancer(backend.name, pools)
+    return Balancer(backend.name, pools, time.monotonic)
 
 
 def _breaker(name: str, settings: Settings) -> CircuitBreaker:

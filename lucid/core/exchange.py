@@ -164,7 +164,12 @@ class Exchange:
     principal: Principal
 
     def __init__(
-        self, head: "Head | None", peer: str, address: str, started: float, ids: tuple[str, str, str]
+        self,
+        head: "Head | None",
+        peer: str,
+        address: str,
+        started: float,
+        ids: tuple[str, str, str] = ("", "", ""),
     ) -> None:
         """`started` is monotonic seconds; `ids` are the trace's, the request's and the span's."""
         self.head = head  # type: ignore[assignment]

@@ -155,7 +155,12 @@ class Gateway:
 
     def preflight_answer(self, x: Exchange, preflight: Preflight, *, close: bool) -> bytes:
         x.status = 204
-        fields = [*preflight.fields, ("X-Request-ID", x.request_id), *self.security_fields]
+        fields = [
+            *preflight.fields,
+            ("X-Request-ID", x.request_id),
+            ("Date", self.http_date()),
+            *self.security_fields,
+        ]
         if close:
             fields.append(("Connection", "close"))
         return own_head(204, fields)

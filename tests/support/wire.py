@@ -373,7 +373,7 @@ class World:
             for n in range(endpoints)
         ]
         self.pool = self.pools[0]
-        self.wire = Wire(self.gateway, {"core": Balancer("core", self.pools)}, scheme="http")
+        self.wire = Wire(self.gateway, {"core": Balancer("core", self.pools, loop.time)}, scheme="http")
 
     # --- what the gateway is given
 

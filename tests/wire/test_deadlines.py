@@ -160,6 +160,14 @@ def nothing_before(seconds: float) -> tuple[Step, Step, Step]:
         to_caller("<closed>"),
     ),
     Talk(
+        "what came with the head is part of that",
+        caller(b"BAD\r\n\r\n" + 60_000 * b"x"),
+        caller(5_535 * b"x"),
+        to_caller("HTTP/1.1 400 Bad Request\nConnection: close\n\n<LUCID_ERR_1001><eof>"),
+        caller(b"x"),
+        to_caller("<closed>"),
+    ),
+    Talk(
         "a backend that does not let the body begin is late, not the caller",
         caller(EXPECTING),
         *nothing_before(30.0),

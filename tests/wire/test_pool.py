@@ -353,7 +353,7 @@ def test_names(scheme: str, host: str, port: int, authority: str, label: str) ->
 @in_loop
 async def test_the_endpoint_with_the_fewest_requests_in_flight_is_next_and_ties_rotate() -> None:
     world = World(endpoints=3)
-    balancer = Balancer("core", world.pools)
+    balancer = Balancer("core", world.pools, world.loop.time)
     one, two, three = world.pools
     assert {balancer.choose().label for _ in range(3)} == {"core:8084", "core1:8084", "core2:8084"}
     busy = await got(one)

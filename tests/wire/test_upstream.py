@@ -180,6 +180,9 @@ def test_but_not_a_second_time_nor_for_what_may_have_been_done(end: str) -> None
     )
     partly = caller(GET), backend(OK[:9]), backend(end)
     replay(Talk("", *partly, to_backend(ASKED + closed), to_caller(CUT_OFF), failed()))
+    hint = caller(GET), backend(b"HTTP/1.1 103 Early Hints\r\n\r\n"), backend(end)
+    told = to_caller("HTTP/1.1 103 Early Hints\n\n" + CUT_OFF)
+    replay(Talk("", *hint, to_backend(ASKED + closed), told, failed()))
 
 
 @in_loop

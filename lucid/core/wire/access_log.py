@@ -13,11 +13,11 @@ from collections.abc import Callable
 import msgspec
 
 from lucid.core.exchange import Exchange
-from lucid.core.rules.routes import Route
 
 SUCCESSES_PER_SECOND = 100
 LATENCY_BOUNDS_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 MAX_PENDING_LINES = 10_000
+NEWLINE = 0x0A
 
 
 class RouteCounters:
@@ -52,13 +52,14 @@ class AccessLog:
         self._written = 0
         self._unlogged = 0
         self.lost_lines = 0
-        self._by_route: dict[Route | None, RouteCounters] = {}
 
     def record(self, x: Exchange, now: float) -> None:
-        route = x.route
-        counters = self._by_route.get(route)
+        # By pattern, not by row: rows come anew with each reload, what was counted goes on.
+        route = x.known_route
+        pattern = "" if route is None else route.pattern
+        counters = self.counters.get(pattern)
         if counters is None:
-            counters = self._by_route[route] = self._counters_of(route)
+            counters = self.counters[pattern] = RouteCounters()
         seconds = now - x.started
         status = x.status
         counters.statuses[status // 100] += 1
@@ -78,10 +79,6 @@ class AccessLog:
                 return
             self._written += 1
         self._line(x, seconds)
-
-    def _counters_of(self, route: Route | None) -> RouteCounters:
-        # Rows of one pattern share their counters, also over a reload, so that they never start again.
-        return self.counters.setdefault(route.pattern if route is not None else "", RouteCounters())
 
     def _line(self, x: Exchange, seconds: float) -> None:
         if len(self._lines) >= MAX_PENDING_LINES:
@@ -130,14 +127,23 @@ def _readable(line: dict[str, object]) -> bytes:
 
 
 def write_to(descriptor: int) -> Callable[[bytes], object]:
-    """A writer that takes all of the bytes or, when nobody reads, none: a log must not stop the gateway."""
+    """A writer that never waits: what a full or closed descriptor does not take is lost, but for the rest of a line
+    that was begun, which goes out first the next time."""
+    rest = b""
 
     def write(data: bytes) -> None:
-        view = memoryview(data)
+        nonlocal rest
+        begun, rest = rest, b""
+        view = memoryview(begun + data)
+        taken = 0
         try:
-            while view:
-                view = view[os.write(descriptor, view) :]
+            while taken < len(view):
+                taken += os.write(descriptor, view[taken:])
         except OSError:
-            pass
+            if not taken:
+                rest = begun
+            elif view[taken - 1] != NEWLINE:
+                left = bytes(view[taken:])
+                rest = left[: left.find(b"\n") + 1]
 
     return write

@@ -132,6 +132,8 @@ class Connection:
     _rechunk: bool
     _full: bool
     _hold: bool
+    _latest: float
+    _waited_for: bool
     _left: int
     _unsent: int
     _spelled: tuple[Fields, Principal, str, str] | None
@@ -157,6 +159,8 @@ class Connection:
         self._rechunk = False
         self._full = False
         self._hold = False
+        self._latest = NEVER
+        self._waited_for = True
         self._left = 0
         self._unsent = 0
         self._spelled = None
@@ -222,14 +226,13 @@ class Connection:
             self._out.pause_reading()
 
     def eof_received(self) -> bool:
-        """A caller that half-closes still gets its answer (9.6); one that owes a body has broken it off."""
+        """A caller that half-closes still gets the answers to all that it asked (9.3.2, 9.6); one that owes a body
+        has broken it off."""
         self._eof = True
-        if self.exchange is None:
-            return False
         if self._body is not None:
             self._abandon()
             return False
-        return True
+        return self.exchange is not None or (self._full and bool(self._buffer))
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._wire.connections.discard(self)
@@ -306,6 +309,8 @@ class Connection:
                 pass
         finally:
             self._pumping = False
+        if self._eof and self._stage is _HEAD and not self._full:
+            self._close()  # What is left, if anything, will never be whole.
 
     def _take_head(self) -> bool:
         """Begin the next exchange; False: its head is not whole yet."""
@@ -366,7 +371,8 @@ class Connection:
         elif isinstance(verdict, Refusal):
             self._refuse(x, verdict)
         elif isinstance(verdict, Preflight):
-            self._send_own(x, self._gateway.preflight_answer(x, verdict, close=self._must_close()))
+            left = self._unread_body(x)
+            self._send_own(x, self._gateway.preflight_answer(x, verdict, close=self._must_close()), left)
         else:
             self._wait_for(self._meet(x, verdict))
 
@@ -474,19 +480,28 @@ class Connection:
     # --- answers of our own, and the end --------------------------------------------------------------------
 
     def _must_close(self) -> bool:
-        return not self._keep_alive or self._wire.draining or self._eof
+        return not self._keep_alive or self._wire.draining
 
     def _refuse(self, x: Exchange, refusal: Refusal) -> None:
         """Answer in place of the backend or the handler."""
         if refusal.close or (x.known_head is not None and not x.head.minor):
             self._keep_alive = False
         left = self._unread_body(x)
-        if left < 0 or left > LINGER_BYTES:
-            self._keep_alive = False
         self._send_own(x, self._gateway.refusal_answer(x, refusal, close=self._must_close()), left)
 
     def _unread_body(self, x: Exchange) -> int:
-        """Bytes of the request's body that nobody will read; -1: more than can be said."""
+        """Bytes of the request's body that nobody will read; -1: more than can be said, or than is worth reading.
+
+        Call it before the answer is spelled: a rest that is not read ends the connection.
+        """
+        left = self._left_of_body(x)
+        if left > LINGER_BYTES:
+            left = -1
+        if left < 0:
+            self._keep_alive = False
+        return left
+
+    def _left_of_body(self, x: Exchange) -> int:
         head = x.known_head
         if head is None:
             return -1
@@ -514,7 +529,7 @@ class Connection:
             self._left = -1
         if self._hold:
             self._release()
-        if not self._keep_alive or self._eof:
+        if not self._keep_alive:
             if self._left and not self._eof:
                 self._linger()
             else:
@@ -530,7 +545,7 @@ class Connection:
             return
         self._stage = _HEAD
         self.deadline = now + KEEP_ALIVE_SECONDS
-        if self._buffer:
+        if self._buffer or self._eof:
             self._pump()
 
     def _abort(self, x: Exchange) -> None:
@@ -562,6 +577,9 @@ class Connection:
             return
         self._buffer = data[self._left :]
         self._left = 0
+        if not self._keep_alive or self._wire.draining:
+            self._close()
+            return
         self._stage = _HEAD
         self.deadline = self._gateway.monotonic() + KEEP_ALIVE_SECONDS
         if self._buffer:

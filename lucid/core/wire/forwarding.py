@@ -38,40 +38,59 @@ class Forwarding(Connection):
     def _forward(self, x: Exchange, route: Route) -> None:
         pool = self._wire.backends[route.backend].choose()
         x.endpoint = pool.label
+        # Spelled before a connection is taken: a fault in the spelling costs none.
+        data = self._head_up(x, forward_path(route, x.target), pool.authority)
         upstream = pool.take()
         if upstream is None:
-            self._wait_for(self._dial(x, route, pool))
+            self._wait_for(self._dial(x, route, pool, data))
         else:
-            self._send_up(x, route, upstream, pool.authority)
+            self._send_up(x, route, upstream, data)
 
-    async def _dial(self, x: Exchange, route: Route, pool: Pool) -> None:
+    async def _dial(self, x: Exchange, route: Route, pool: Pool, data: bytes) -> None:
+        """Take a new connection, or wait for one; what an endpoint refuses goes to another one of the backend."""
         connect = route.timeouts.connect
+        balancer = self._wire.backends[route.backend]
+        tried = {pool}
         try:
-            upstream = await pool.acquire(connect_seconds=connect, wait_seconds=connect or WAIT_SECONDS)
-        except Failure as failure:
+            while True:
+                try:
+                    upstream = await pool.acquire(
+                        connect_seconds=connect, wait_seconds=connect or WAIT_SECONDS
+                    )
+                    break
+                except Failure as failure:
+                    another = balancer.choose_another(tried)
+                    if another is None:
+                        self._need = None
+                        if self.exchange is x:
+                            self.answer_failed(failure)
+                        return
+                    pool = another
+                    tried.add(pool)
+                    x.endpoint = pool.label
+                    data = self._head_up(x, forward_path(route, x.target), pool.authority)
+            self._need = None
+            if self.exchange is not x or self._stage is not Stage.NEED:
+                pool.give_back(upstream)
+                return
+            self._send_up(x, route, upstream, data)
+        except Exception:
             self._need = None
             if self.exchange is x:
-                self.answer_failed(failure)
-            return
-        self._need = None
-        if self.exchange is not x or self._stage is not Stage.NEED:
-            pool.give_back(upstream)
-            return
-        try:
-            self._send_up(x, route, upstream, pool.authority)
-        except Exception:
-            self._fail_inside(x)
+                self._fail_inside(x)
 
-    def _send_up(self, x: Exchange, route: Route, upstream: Upstream, authority: str) -> None:
-        head, target = x.head, x.target
+    def _send_up(self, x: Exchange, route: Route, upstream: Upstream, data: bytes) -> None:
+        head = x.head
         length = head.length
-        data = self._head_up(x, forward_path(route, target), authority)
         self._stage = _FORWARD
         self._upstream = upstream
         self._release()
         x.upstream_started = now = self._gateway.monotonic()
         timeouts = route.timeouts
-        self.deadline = now + timeouts.head if timeouts.head else NEVER
+        self._latest = x.started + timeouts.total if timeouts.total else NEVER
+        self.deadline = min(now + timeouts.head, self._latest) if timeouts.head else self._latest
+        # Who is waited for: the backend, unless it is the caller's body that does not come.
+        self._waited_for = length == 0 or (head.fields.expect is not None and head.minor == 1)
         if length == 0:
             upstream.begin(self, head.method, data, True)
             return
@@ -131,11 +150,11 @@ class Forwarding(Connection):
         if not self._body_is_sound(x, x.route, body, len(content)):
             return
         if upstream is not None:
+            self._waited_for = body.done
             upstream.send(self._coded(content, x.head.length, body.done), body.done)
             if not self._answering:
                 timeouts = x.route.timeouts
-                seconds = timeouts.head if body.done else timeouts.idle
-                self.deadline = self._gateway.monotonic() + seconds if seconds else NEVER
+                self._await(timeouts.head if body.done else timeouts.idle)
         if body.done:
             self._buffer = body.rest
             self._body = None
@@ -144,6 +163,8 @@ class Forwarding(Connection):
 
     def interim(self, answer: Answer) -> None:
         x = self.exchange
+        if answer.status == 100:
+            self._waited_for = False
         if x is not None and x.head.minor and answer.status in (100, 103):
             self._out.write(answer_head(answer, b""))
 
@@ -171,13 +192,13 @@ class Forwarding(Connection):
         data = self._head_with_cors(x, answer, added) if gateway.cors.enabled else answer_head(answer, added)
         self._answering = True
         x.bytes_out = len(content)
-        self._out.write(data + (self._recoded(content, done) if self._rechunk else content))
         if done:
             self._upstream = None
+        self._out.write(data + (self._recoded(content, done) if self._rechunk else content))
+        if done:
             self._end(x)
-            return
-        idle = x.route.timeouts.idle
-        self.deadline = now + idle if idle else NEVER
+        else:
+            self._await(x.route.timeouts.idle)
 
     def _framing(self, head: Head, answer: Answer) -> bytes:
         """The lines that say where the answer ends, and whether the connection does."""
@@ -216,15 +237,15 @@ class Forwarding(Connection):
         x = self.exchange
         assert x is not None
         x.bytes_out += len(content)
+        if done:
+            self._upstream = None
         data = self._recoded(content, done)
         if data:
             self._out.write(data)
         if done:
-            self._upstream = None
             self._end(x)
         else:
-            idle = x.route.timeouts.idle
-            self.deadline = self._gateway.monotonic() + idle if idle else NEVER
+            self._await(x.route.timeouts.idle)
 
     def answer_failed(self, failure: Failure) -> None:
         x = self.exchange
@@ -252,27 +273,37 @@ class Forwarding(Connection):
         self._refuse(x, Refusal(code, details=details, fields=fields, source=Source.BACKEND))
 
     def upstream_full(self) -> None:
+        self._waited_for = True
         if not self._hold:
             self._hold = True
             self._out.pause_reading()
 
     def upstream_ready(self) -> None:
+        self._waited_for = self._body is None
         self._release()
+
+    # --- deadlines ------------------------------------------------------------------------------------------
+
+    def _await(self, seconds: float) -> None:
+        """From now, something must happen within so many seconds (0: none), and all of it within the route's total."""
+        if seconds:
+            self.deadline = min(self._gateway.monotonic() + seconds, self._latest)
+        else:
+            self.deadline = self._latest
 
     def _answer_goes_on(self) -> None:
         x = self.exchange
         if x is not None and self._answering:
-            idle = x.route.timeouts.idle
-            self.deadline = self._gateway.monotonic() + idle if idle else NEVER
+            self._await(x.route.timeouts.idle)
 
     def _expire_forward(self, x: Exchange) -> None:
-        if self._full:
+        if self._full and self._gateway.monotonic() < self._latest:
             # It is the caller that does not read, not the backend that does not send.
             self._abandon()
             self._stage = Stage.CLOSED
             self._out.abort()
             return
-        if self._body is not None and not self._answering:
+        if self._body is not None and not self._answering and not self._waited_for:
             self._break_off(x, self._gateway.parse_refusal(Fault(408, "the body did not arrive in time")))
             return
         if self._upstream is not None:

@@ -9,7 +9,7 @@ import asyncio
 import socket
 import ssl
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 from lucid.core.rules.framing import Answer, Memo
 from lucid.core.wire.upstream import Failure, FailureKind, Upstream
@@ -17,6 +17,7 @@ from lucid.core.wire.upstream import Failure, FailureKind, Upstream
 IDLE_SECONDS = 50.0
 """Shorter than what most servers keep (nginx 75 s, Node behind most proxies 60 s), so that we close first."""
 WRITE_BUFFER_BYTES = 65_536
+AVOIDED_SECONDS = 2.0
 
 
 class Pool:
@@ -45,6 +46,8 @@ class Pool:
         self._dials: set[asyncio.Task[Upstream]] = set()
         self._dialing = 0
         self._closed = False
+        self.avoid_until = 0.0
+        """While it could not be dialled lately, other endpoints are chosen first."""
         bracketed = f"[{host}]" if ":" in host else host
         default = 443 if scheme == "https" else 80
         self.authority = bracketed if port == default else f"{bracketed}:{port}"
@@ -78,35 +81,44 @@ class Pool:
         Raises:
             Failure: REFUSED, UNKNOWN_HOST, TLS, CONNECT_TIMEOUT; OVERLOAD when no place came free in time.
         """
+        # One bound for the whole wait: whoever is overtaken does not begin again.
+        deadline = self._monotonic() + wait_seconds if wait_seconds else None
         while True:
             upstream = self.take()
             if upstream is not None:
                 return upstream
             if self.open < self._max_connections:
                 return await self._dial(connect_seconds)
-            upstream = await self._wait(wait_seconds)
+            upstream = await self._wait(None if deadline is None else deadline - self._monotonic())
             if upstream is not None and upstream.usable:
                 return upstream
 
-    async def _wait(self, seconds: float) -> Upstream | None:
+    async def _wait(self, seconds: float | None) -> Upstream | None:
         """The next connection that comes back; None: a place came free instead."""
         waiter: asyncio.Future[Upstream | None] = asyncio.get_running_loop().create_future()
         self._waiting.append(waiter)
+        # Not `wait_for`: 3.11's swallows a cancellation that comes with the result, 3.12's loses the result.
         try:
-            return await asyncio.wait_for(waiter, seconds or None)
+            async with asyncio.timeout(seconds):
+                return await waiter
         except TimeoutError:
+            self._salvage(waiter)
             raise Failure(FailureKind.OVERLOAD, f"{self._max_connections} connections are in use") from None
         except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled():
-                upstream = waiter.result()
-                if upstream is not None:
-                    self._came_idle(upstream)
-                else:
-                    self._place_came_free()
+            self._salvage(waiter)
             raise
-        finally:
+
+    def _salvage(self, waiter: "asyncio.Future[Upstream | None]") -> None:
+        """What came in the moment in which its waiter gave up goes to the next one."""
+        if not waiter.done() or waiter.cancelled():
             if waiter in self._waiting:
                 self._waiting.remove(waiter)
+            return
+        upstream = waiter.result()
+        if upstream is not None and upstream.usable:
+            self._came_idle(upstream)
+        else:
+            self._place_came_free()
 
     async def _dial(self, seconds: float) -> Upstream:
         """Dial in a task of its own: when the caller leaves meanwhile, the connection is kept for the next one."""
@@ -125,35 +137,50 @@ class Pool:
             self._came_idle(task.result())
 
     async def _connect(self, seconds: float) -> Upstream:
-        made = False
+        made: list[Upstream] = []
+
+        def factory() -> Upstream:
+            made.append(Upstream(self.label, self._memo, self._came_idle, self._lost))
+            return made[-1]
+
         try:
-            dialling = asyncio.get_running_loop().create_connection(
-                lambda: Upstream(self.label, self._memo, self._came_idle, self._lost),
-                self._host,
-                self._port,
-                ssl=self._tls,
-                server_hostname=self._host if self._tls is not None else None,
-            )
-            transport, upstream = await asyncio.wait_for(dialling, seconds or None)
-            made = True
-        except TimeoutError:
-            raise Failure(FailureKind.CONNECT_TIMEOUT, f"{self.label} did not accept in time") from None
-        except socket.gaierror:
-            raise Failure(FailureKind.UNKNOWN_HOST, f"{self.label} has no address") from None
-        except ssl.SSLError as error:
-            raise Failure(FailureKind.TLS, f"{self.label}: {error.reason or 'TLS failed'}") from None
-        except OSError as error:
-            raise Failure(FailureKind.REFUSED, f"{self.label}: {error.strerror or 'refused'}") from None
-        finally:
+            async with asyncio.timeout(seconds or None):
+                transport, upstream = await asyncio.get_running_loop().create_connection(
+                    factory,
+                    self._host,
+                    self._port,
+                    ssl=self._tls,
+                    server_hostname=self._host if self._tls is not None else None,
+                )
+            if self._closed:
+                raise Failure(FailureKind.REFUSED, f"{self.label}: the pool is closed")
+            if not upstream.usable:
+                raise Failure(FailureKind.REFUSED, f"{self.label} closed the connection at once")
+        except BaseException as error:  # noqa: BLE001  a cancellation too: the place is given back in any case
             self._dialing -= 1
-            if not made:
-                self._place_came_free()
+            for upstream in made:
+                upstream.abort()
+            self.avoid_until = self._monotonic() + AVOIDED_SECONDS
+            self._place_came_free()
+            raise self._failure(error) from None
+        self._dialing -= 1
+        self.avoid_until = 0.0
         transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
-        if self._closed:
-            transport.abort()
-            raise Failure(FailureKind.REFUSED, f"{self.label}: the pool is closed")
         self._all.add(upstream)
         return upstream
+
+    def _failure(self, error: BaseException) -> BaseException:
+        """The pool's own exception for what went wrong while dialling; what is no such thing stays."""
+        match error:
+            case TimeoutError():
+                return Failure(FailureKind.CONNECT_TIMEOUT, f"{self.label} did not accept in time")
+            case socket.gaierror() | UnicodeError():
+                return Failure(FailureKind.UNKNOWN_HOST, f"{self.label} has no address")
+            case ssl.SSLError():
+                return Failure(FailureKind.TLS, f"{self.label}: {error.reason or 'TLS failed'}")
+            case OSError():
+                return Failure(FailureKind.REFUSED, f"{self.label}: {error.strerror or 'refused'}")
+        return error
 
     def _came_idle(self, upstream: Upstream) -> None:
         if self._closed:
@@ -201,20 +228,32 @@ class Pool:
 
 
 class Balancer:
-    """The endpoints of one backend: the one with the fewest requests in flight is next; ties rotate."""
+    """The endpoints of one backend: the one with the fewest requests in flight is next; ties rotate.
 
-    def __init__(self, name: str, pools: Sequence[Pool]) -> None:
+    An endpoint that could not be dialled has the fewest in flight of all, so it is avoided for a while.
+    """
+
+    def __init__(self, name: str, pools: Sequence[Pool], monotonic: Callable[[], float]) -> None:
         self.name = name
         self.pools = tuple(pools)
+        self._monotonic = monotonic
         self._next = 0
 
     def choose(self) -> Pool:
         pools = self.pools
-        if len(pools) == 1:
-            return pools[0]
-        self._next = (self._next + 1) % len(pools)
-        order = pools[self._next :] + pools[: self._next]
-        return min(order, key=_in_flight)
+        return pools[0] if len(pools) == 1 else self._best(pools)
+
+    def choose_another(self, tried: Container[Pool]) -> Pool | None:
+        """One that was not tried yet; None: all were."""
+        left = [pool for pool in self.pools if pool not in tried]
+        return self._best(left) if left else None
+
+    def _best(self, pools: Sequence[Pool]) -> Pool:
+        now = self._monotonic()
+        self._next += 1
+        start = self._next % len(pools)
+        order = (*pools[start:], *pools[:start])
+        return min(order, key=lambda pool: (now < pool.avoid_until, pool.in_flight))
 
     def sweep(self, now: float) -> None:
         for pool in self.pools:
@@ -223,7 +262,3 @@ class Balancer:
     def close(self) -> None:
         for pool in self.pools:
             pool.close()
-
-
-def _in_flight(pool: Pool) -> int:
-    return pool.in_flight

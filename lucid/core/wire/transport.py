@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 
 from lucid.core.rules.breaker import FAILURE_STATUSES, CircuitBreaker, Outcome, Permit
-from lucid.core.rules.framing import LAST_CHUNK, Answer, chunk
+from lucid.core.rules.framing import LAST_CHUNK, Answer, Fault, Fields, Memo, chunk, parse_head
 from lucid.core.wire.pool import Balancer
 from lucid.core.wire.upstream import Failure, FailureKind, Upstream
 
@@ -71,6 +71,7 @@ class _Inbox:
         if done:
             self.done = True
             self._upstream = None
+            self._writable.set()
         elif self._size > MAX_BUFFERED_BYTES and self._upstream is not None and not self._held:
             self._held = True
             self._upstream.pause_reading()
@@ -197,11 +198,11 @@ class PoolTransport(httpx.AsyncBaseTransport):
     ) -> tuple[httpx.Response, Outcome]:
         timeouts: Mapping[str, Any] = request.extensions.get("timeout", {})
         pool = self._balancer.choose()
-        head, coded = _head(request, pool.authority)
+        head, coded, length = _head(request, pool.authority)
         stream = request.stream
         if not isinstance(stream, httpx.AsyncByteStream):
             raise TypeError("a synchronous body cannot be sent from an event loop")
-        bodiless = not coded and request.headers.get("content-length", "0") == "0"
+        bodiless = not coded and length == 0
         for attempt in (1, 2):
             try:
                 upstream = await pool.acquire(
@@ -213,12 +214,7 @@ class PoolTransport(httpx.AsyncBaseTransport):
             try:
                 upstream.begin(inbox, request.method, head, bodiless)
                 if not bodiless:
-                    async for content in stream:
-                        if content:
-                            await inbox.send(
-                                chunk(content) if coded else content, False, timeouts.get("write")
-                            )
-                    await inbox.send(LAST_CHUNK if coded else b"", True, timeouts.get("write"))
+                    await _send_body(inbox, stream, coded, length, timeouts.get("write"))
                 answer = await inbox.head(timeouts.get("read"))
             except httpx.ReadError:
                 # A kept connection that was dead before a byte came back: once more, where nothing was consumed.
@@ -249,7 +245,12 @@ class PoolTransport(httpx.AsyncBaseTransport):
             if permit is not None and self._breaker is not None:
                 self._breaker.body_broke(permit, self._monotonic())
 
-        lines = [line.partition(": ") for line in answer.forwarded.split("\r\n") if line]
+        # Without Set-Cookie: a client shared by all users would send one user's cookie for the next one.
+        lines = [
+            line.partition(": ")
+            for line in answer.forwarded.split("\r\n")
+            if line and not line.lower().startswith("set-cookie:")
+        ]
         headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, _, value in lines]
         if answer.length >= 0:
             headers.append((b"Content-Length", str(answer.length).encode()))
@@ -262,20 +263,48 @@ class PoolTransport(httpx.AsyncBaseTransport):
         return response, Outcome.FAILURE if answer.status in FAILURE_STATUSES else Outcome.SUCCESS
 
 
-def _head(request: httpx.Request, authority: str) -> tuple[bytes, bool]:
-    """The request's head, and whether its body is chunked."""
+async def _send_body(
+    inbox: _Inbox, stream: httpx.AsyncByteStream, coded: bool, length: int, seconds: float | None
+) -> None:
+    """Raises httpx.LocalProtocolError where the body is not as long as its head says."""
+    sent = 0
+    async for content in stream:
+        sent += len(content)
+        if not coded and sent > length:
+            break
+        if content:
+            await inbox.send(chunk(content) if coded else content, False, seconds)
+    if not coded and sent != length:
+        raise httpx.LocalProtocolError(f"the body is not of the {length} bytes that Content-Length says")
+    await inbox.send(LAST_CHUNK if coded else b"", True, seconds)
+
+
+def _head(request: httpx.Request, authority: str) -> tuple[bytes, bool, int]:
+    """The request's head, whether its body is chunked, and its length otherwise.
+
+    Raises httpx.LocalProtocolError for what another server could read as something else than was meant.
+    """
     lines = [
-        request.method.encode("ascii") + b" " + request.url.raw_path + b" HTTP/1.1",
+        request.method.encode("ascii", "replace") + b" " + request.url.raw_path + b" HTTP/1.1",
         b"Host: " + authority.encode("ascii"),
     ]
     lines += [name + b": " + value for name, value in request.headers.raw if name.lower() not in _HOP_BY_HOP]
     length = request.headers.get("content-length")
     coded = length is None and "transfer-encoding" in request.headers
     if length is not None:
-        lines.append(b"Content-Length: " + length.encode("ascii"))
+        lines.append(b"Content-Length: " + length.encode("latin-1"))
     elif coded:
         lines.append(b"Transfer-Encoding: chunked")
-    return b"\r\n".join([*lines, b"", b""]), coded
+    if any(b"\r" in line or b"\n" in line for line in lines):
+        raise httpx.LocalProtocolError("a CR or LF in the request's method, target or fields")
+    data = b"\r\n".join([*lines, b"", b""])
+    head = parse_head(data, _NOTHING_KEPT)
+    if isinstance(head, Fault):
+        raise httpx.LocalProtocolError(head.reason)
+    return data, coded, head.length
+
+
+_NOTHING_KEPT: Memo[Fields] = Memo(0)
 
 
 def _as_httpx(failure: Failure) -> httpx.TransportError:

@@ -76,6 +76,7 @@ class Upstream(asyncio.Protocol):
         "_method",
         "_on_idle",
         "_on_lost",
+        "_paused",
         "_request_done",
         "_sink",
         "_transport",
@@ -99,6 +100,7 @@ class Upstream(asyncio.Protocol):
         self._sink: Sink | None = None
         self._method = ""
         self._request_done = True
+        self._paused = False
         self._buffer = b""
         self._body: Body | None = None
         self._answer: Answer | None = None
@@ -132,10 +134,12 @@ class Upstream(asyncio.Protocol):
         self._close()
 
     def pause_reading(self) -> None:
+        self._paused = True
         if self._transport is not None and not self._transport.is_closing():
             self._transport.pause_reading()
 
     def resume_reading(self) -> None:
+        self._paused = False
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
 
@@ -223,11 +227,15 @@ class Upstream(asyncio.Protocol):
         """The answer is whole. Reuse only what is certain: both messages ended, and nothing came behind them."""
         answer = self._answer
         assert answer is not None
+        transport = self._transport
         bounded = answer.length != UNTIL_CLOSE or body_length(answer, self._method) == 0
+        sent = self._request_done and transport is not None and not transport.get_write_buffer_size()
         self._sink = None
         self._answer = None
         self._body = None
-        if bounded and self._request_done and not rest and answer.keep_alive:
+        if bounded and sent and not rest and answer.keep_alive:
+            if self._paused:
+                self.resume_reading()
             self._on_idle(self)
         else:
             self._close()
@@ -239,15 +247,21 @@ class Upstream(asyncio.Protocol):
             sink.answer_failed(Failure(kind, reason))
 
     def eof_received(self) -> bool:
+        # At once, not when all that was written has gone out: nobody is there to read it.
+        self._ended(None)
+        self._close()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._on_lost(self)
-        sink = self._sink
+        self._ended(exc)
+
+    def _ended(self, exc: Exception | None) -> None:
+        """Nothing more will come: the end of an answer that has no other, or a failure."""
+        sink, self._sink = self._sink, None
         if sink is None:
             return
-        self._sink = None
         if self._body is not None:
             self._body.eof()
             if self._body.done and exc is None:
