@@ -368,9 +368,6 @@ async def test_a_preflight_and_a_refusal_with_cors() -> None:
     world.check()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="gateway.py: preflight_answer sends no Date (RFC 9110 6.6.1: MUST in 2xx)"
-)
 @in_loop
 async def test_a_preflights_answer_has_a_date() -> None:
     world = World()
@@ -436,9 +433,6 @@ async def test_what_arrives_while_a_need_is_met_waits_its_turn() -> None:
     world.check()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="forwarding.py: _send_up loses the connection when spelling the head fails"
-)
 @in_loop
 async def test_a_fault_of_ours_costs_no_connection(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     monkeypatch.setattr("lucid.core.wire.forwarding.forward_path", lambda *_: 1 / 0)

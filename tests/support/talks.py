@@ -16,16 +16,13 @@ last look it was told exactly this (see Transcript). `("time", seconds)`, `("dra
 class Talk:
     """A conversation, with the world that it happens in."""
 
-    def __init__(
-        self, name: str, *steps: Step, warm: int = 1, loose: bool = False, mark: Any = (), **options: Any
-    ) -> None:
+    def __init__(self, name: str, *steps: Step, warm: int = 1, loose: bool = False, **options: Any) -> None:
         """`warm` idle connections are there at the beginning; `options` are World's. `loose`: how much the
         backend heard before the end may differ from cut to cut."""
         self.name = name
         self.steps = steps
         self.warm = warm
         self.loose = loose
-        self.mark = mark
         self.options = options
 
     def cuts(self) -> list[tuple[int, int]]:
@@ -84,9 +81,7 @@ class Talk:
 
 def talks(*cases: Talk) -> Any:
     """Parametrize a test by conversations."""
-    return pytest.mark.parametrize(
-        "talk", [pytest.param(case, id=case.name, marks=case.mark) for case in cases]
-    )
+    return pytest.mark.parametrize("talk", [pytest.param(case, id=case.name) for case in cases])
 
 
 @in_loop

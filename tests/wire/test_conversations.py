@@ -33,10 +33,6 @@ from tests.support.talks import (
 from tests.support.wire import PEER, Caller, World, in_loop
 
 
-def bug(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=f"connection.py: {reason}")
-
-
 def one(method: str, answer: bytes, told: str) -> Talk:
     """A request without a body, its answer, and what the caller is told; the connections are kept."""
     again = (caller(GET), to_backend(ASKED), backend(OK), to_caller(ANSWERED))
@@ -408,9 +404,6 @@ ECHOED = "HTTP/1.1 200 OK\nContent-Length: 5\n\nhello"
         "the body of OPTIONS * is no request",
         caller(OPTIONS + b"Content-Length: 35\r\n\r\n" + LOST + LOST),
         to_caller(ALLOW.format("") + NOT_FOUND),
-        mark=bug(
-            "_advance answers a Preflight without _unread_body: its body is taken for requests (smuggling)"
-        ),
     ),
     Talk(
         "1.0: OPTIONS * closes as it must",
@@ -488,7 +481,6 @@ async def test_a_pipeline_of_refused_requests_does_not_recurse() -> None:
     world.check()
 
 
-@bug("_end closes on _eof although whole requests are still in the buffer (RFC 9112 9.3.2, 9.6)")
 @in_loop
 async def test_a_half_closed_caller_gets_the_answers_to_all_that_it_asked() -> None:
     world = World()

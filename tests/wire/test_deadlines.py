@@ -30,11 +30,6 @@ from tests.support.talks import (
 )
 from tests.support.wire import PEER, Caller, World, in_loop
 
-
-def bug(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=f"connection.py: {reason}")
-
-
 TIMED_OUT = (
     "HTTP/1.1 504 Gateway Timeout\nProxy-Status: lucid; error=http_response_timeout\n{}\n<LUCID_ERR_5003>"
 )
@@ -175,7 +170,6 @@ def nothing_before(seconds: float) -> tuple[Step, Step, Step]:
             "POST /open/a HTTP/1.1\nHost: core:8084\nContent-Length: 5\nExpect: 100-continue\n\n<closed>"
         ),
         to_caller(TIMED_OUT.format("Connection: close\n") + "<eof>"),
-        mark=bug("_expire_forward blames the caller (408) though the backend owes a 100 or an answer"),
     ),
     Talk(
         "a total",
@@ -185,7 +179,6 @@ def nothing_before(seconds: float) -> tuple[Step, Step, Step]:
         to_backend(ASKED + "<closed>"),
         to_caller("HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\nxx<aborted>"),
         routes=[Route("/open/**", "core", Role.PUBLIC, timeouts=Timeouts(total=5.0))],
-        mark=bug("timeouts.total of the contract is enforced nowhere"),
     ),
 )
 def test_deadlines(talk: Talk) -> None:
@@ -234,7 +227,6 @@ def test_deadlines(talk: Talk) -> None:
         ("drain", None),
         caller(b"llo"),
         to_caller(NOT_FOUND + "<closed>"),
-        mark=bug("_swallow goes back to HEAD although the connection is to end: it idles for 75 s more"),
     ),
 )
 def test_draining(talk: Talk) -> None:

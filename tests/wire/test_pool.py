@@ -1,7 +1,6 @@
 """The pool: places, waiting, dialling, idling, closing, and the choice among endpoints. Time is stepped."""
 
 import asyncio
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +10,6 @@ from lucid.core.wire.pool import IDLE_SECONDS, Balancer, Pool
 from lucid.core.wire.upstream import Failure, FailureKind, Upstream
 from tests.support.talks import ANSWERED, ASKED, GET, OK
 from tests.support.wire import PEER, Caller, World, in_loop
-
-
-def bug(reason: str, condition: bool = True) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(condition, strict=True, reason=f"pool.py: {reason}")
 
 
 async def got(pool: Pool, *, wait: float = 2.0) -> Upstream:
@@ -104,7 +99,6 @@ async def test_waiting_without_a_bound() -> None:
     assert await waiting is one
 
 
-@bug("acquire waits anew after it was overtaken: the whole wait is not bounded")
 @in_loop
 async def test_waiting_is_bounded_also_for_those_who_are_overtaken() -> None:
     world, pool = full_world()
@@ -198,9 +192,6 @@ async def test_who_leaves_while_waiting_takes_no_place() -> None:
 
 
 @pytest.mark.parametrize("what", ["connection", "place"])
-@bug(
-    "asyncio.wait_for of 3.11 swallows a cancellation that comes with the result", sys.version_info < (3, 12)
-)
 @in_loop
 async def test_who_leaves_at_the_very_moment_passes_on_what_was_meant_for_them(what: str) -> None:
     world, pool = full_world()
@@ -217,7 +208,6 @@ async def test_who_leaves_at_the_very_moment_passes_on_what_was_meant_for_them(w
     assert waiting.done()
 
 
-@bug("what arrives in the moment of the time-out is lost for good", sys.version_info >= (3, 12))
 @in_loop
 async def test_a_connection_that_comes_at_the_very_moment_of_the_timeout_is_not_lost() -> None:
     world, pool = full_world()
@@ -246,7 +236,6 @@ async def test_what_the_backend_closed_is_not_lent() -> None:
     assert pool.take() is None
 
 
-@bug("a connection that the backend closes at once is lent all the same, and its place is lost for good")
 @in_loop
 async def test_a_backend_that_accepts_and_closes_takes_no_places() -> None:
     world, pool = full_world()
@@ -368,7 +357,6 @@ async def test_the_endpoint_with_the_fewest_requests_in_flight_is_next_and_ties_
     assert one.open == 0
 
 
-@bug("an endpoint that refuses has the fewest requests in flight, so it gets most; no other one is tried")
 @in_loop
 async def test_what_was_never_sent_goes_to_another_endpoint() -> None:
     world = World(endpoints=2)

@@ -24,10 +24,6 @@ HI = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"
 SECONDS = 0.2
 
 
-def bug(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=f"transport.py: {reason}")
-
-
 class Request:
     """A request as it came: its head, and a reader for its body."""
 
@@ -209,7 +205,6 @@ async def test_fields_that_occur_twice_are_not_merged() -> None:
         assert answer.headers.get_list("x-a") == ["a, b", "c"]
 
 
-@bug("httpx's client keeps cookies unless Set-Cookie is withheld, or its jar refuses all")
 @timed()
 async def test_no_cookie_is_kept_for_the_next_request() -> None:
     async def handler(request: Request, writer: Writer) -> None:
@@ -312,7 +307,6 @@ async def test_an_answer_that_is_not_read_to_its_end_closes_its_connection() -> 
         assert b.outcomes == [Outcome.SUCCESS]
 
 
-@bug("an answer that is whole does not wake who waits to send: WriteTimeout instead of the answer")
 @timed()
 async def test_an_early_answer_ends_the_sending() -> None:
     async def handler(request: Request, writer: Writer) -> None:
@@ -528,7 +522,6 @@ async def test_what_is_not_spoken_here() -> None:
         {"method": "GET / HTTP/1.1\r\nX-User-Id: root\r\nX-A:"},
     ],
 )
-@bug("what h11 checks nobody checks here: fields, method and length go out as they are (request splitting)")
 @timed()
 async def test_a_request_that_would_be_read_as_another_is_not_sent(options: dict[str, Any]) -> None:
     async with bench(says_hi) as b:
@@ -538,7 +531,6 @@ async def test_a_request_that_would_be_read_as_another_is_not_sent(options: dict
 
 
 @pytest.mark.parametrize("content", [b"a", b"hiGET / HTTP/1.1\r\nHost: a\r\n\r\n"])
-@bug("a body that is not as long as its Content-Length goes out as it is (request splitting)")
 @timed()
 async def test_a_body_that_is_not_as_long_as_it_says_ends_its_connection(content: bytes) -> None:
     async def pieces() -> AsyncIterator[bytes]:

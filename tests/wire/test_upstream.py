@@ -45,10 +45,6 @@ FULL = (
 BEGUN = "HTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n"
 
 
-def bug(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 def failed(*outcomes: str) -> Step:
     return "outcomes", list(outcomes or ("failure",))
 
@@ -77,7 +73,6 @@ def test_not_connected(error: Exception, told: str) -> None:
     replay(talk)
 
 
-@bug("forwarding.py: _dial expects nothing but Failure, so the caller waits for ever")
 @in_loop
 async def test_not_connected_for_a_reason_that_nobody_thought_of() -> None:
     world = World(refuses=UnicodeError("label empty or too long"))  # as getaddrinfo has it of a long name
@@ -503,7 +498,6 @@ async def test_a_caller_that_does_not_read_its_answers_gets_no_further_ones() ->
     world.check()
 
 
-@bug("connection.py: eof_received ends the connection although whole requests are still in the buffer")
 @in_loop
 async def test_a_half_closed_caller_that_reads_slowly_gets_all_its_answers() -> None:
     world = World()
@@ -576,7 +570,6 @@ HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: <" + 9_000 * b"x" + b">\r\n\r\n"
         pytest.param([7 * HINTS, HINTS + OK], id="interim"),
     ],
 )
-@bug("what is written pauses a connection that is in its pool already, and nothing resumes it")
 @in_loop
 async def test_a_connection_goes_back_to_the_pool_reading(pieces: list[bytes]) -> None:
     world = World()
@@ -591,7 +584,6 @@ async def test_a_connection_goes_back_to_the_pool_reading(pieces: list[bytes]) -
     assert world.upstreams[0].reading
 
 
-@bug("upstream.py: _let_go takes a connection for idle while the request's body is still in its write buffer")
 @in_loop
 async def test_a_connection_whose_request_has_not_gone_out_is_not_used_again() -> None:
     world = World()
@@ -604,7 +596,6 @@ async def test_a_connection_whose_request_has_not_gone_out_is_not_used_again() -
     assert world.pool.idle == 0
 
 
-@bug("forwarding.py: _expire_forward blames the caller (408) though it is the backend that does not read")
 @in_loop
 async def test_a_backend_that_does_not_take_the_body_is_late() -> None:
     world = World()
@@ -620,7 +611,6 @@ async def test_a_backend_that_does_not_take_the_body_is_late() -> None:
     assert world.outcomes == ["failure"]
 
 
-@bug("upstream.py: eof_received waits until what was written has gone out, to nobody")
 @in_loop
 async def test_a_backend_that_closes_while_it_is_written_to_has_failed_at_once() -> None:
     world = World()

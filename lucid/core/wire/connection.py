@@ -231,8 +231,10 @@ class Connection:
         self._eof = True
         if self._body is not None:
             self._abandon()
-            return False
-        return self.exchange is not None or (self._full and bool(self._buffer))
+        elif self.exchange is not None or (self._full and self._buffer):
+            return True
+        self._close()
+        return False
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._wire.connections.discard(self)
