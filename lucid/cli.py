@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from lucid import __version__
 from lucid.core.exchange import ROLES
-from lucid.settings import Settings, SettingsError, load_settings
+from lucid.settings import Settings, SettingsError, load_settings, not_served
 
 _YEAR_MINUTES = 366 * 24 * 60
 
@@ -126,7 +126,14 @@ def _integer(low: int, high: int) -> Callable[[str], int]:
 def _serve(_: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from lucid.server import serve
 
-    return serve(load_settings(environ))
+    return serve(_served(load_settings(environ)))
+
+
+def _served(settings: Settings) -> Settings:
+    """The settings, if this version does all that they ask for; raises SettingsError."""
+    if faults := not_served(settings):
+        raise SettingsError(faults)
+    return settings
 
 
 def _dev(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -152,6 +159,10 @@ def _check(_: argparse.Namespace, environ: Mapping[str, str]) -> int:
     print(columns(route_rows(settings)))
     print()
     faults = 0
+    for line in not_served(settings):
+        faults += 1
+        sys.stdout.flush()
+        print(line, file=sys.stderr)
     for label, fault in asyncio.run(probe(settings)):
         if fault:
             faults += 1

@@ -223,7 +223,31 @@ def test_check_has_a_line_for_each_dependency_that_does_not_answer(lucid: Run, b
     assert time.monotonic() - began < 10.0
     assert "hush" not in out + err
     labels = [re.split(r" |:", line)[0] for line in err.splitlines()]
-    assert labels == ["MongoDB", "Redis", *["backend"] * 4, "AUTH_SERVICE_URL"]
+    # The cluster's is named twice: it does not answer, and `serve` would refuse the setting.
+    assert sorted(labels) == sorted(
+        ["MongoDB", "Redis", *["backend"] * 4, "AUTH_SERVICE_URL", "AUTH_SERVICE_URL"]
+    )
+
+
+@pytest.mark.parametrize("command", ["serve", "dev"])
+def test_what_this_version_does_not_do_is_refused_rather_than_ignored(
+    lucid: Run, tmp_path: Path, command: str
+) -> None:
+    file = tmp_path / "gateway.toml"
+    file.write_text('[[routes]]\npath = "/api/v1/live/**"\nbackend = "nodes"\nwebsocket = true\n')
+    status, out, err = lucid(
+        command,
+        JWT_SECRET_KEY=SECRET,
+        AUTH_SERVICE_URL="http://auth:1",
+        REDIS_URI="redis+cluster://a,b",
+        GATEWAY_CONFIG=str(file),
+    )
+    assert (status, out) == (2, "")
+    assert [line.partition(":")[0] for line in err.splitlines()] == [
+        "AUTH_SERVICE_URL",
+        "REDIS_URI",
+        "GATEWAY_CONFIG",
+    ]
 
 
 # --- openapi --------------------------------------------------------------------------------------

@@ -153,3 +153,23 @@ def load_settings(environ: Mapping[str, str], *, serve: bool = True) -> Settings
     from lucid.settings.environment import read
 
     return read(environ, serve=serve)
+
+
+def not_served(settings: Settings) -> list[str]:
+    """What these settings ask for that this version does not do, one line each. It is refused rather than ignored:
+    a gateway that quietly issued its own tokens beside an authentication cluster would be a hole."""
+    faults = []
+    if settings.auth_service_url:
+        faults.append(
+            "AUTH_SERVICE_URL: must be empty, the authentication cluster is not served by this version yet"
+        )
+    if settings.stores.redis_uri.startswith("redis+cluster://"):
+        faults.append(
+            "REDIS_URI: must name one server or sentinels, redis+cluster:// is not served by this version yet"
+        )
+    faults += [
+        f"GATEWAY_CONFIG: route {route.path}: websocket must be false, tunnels are not served by this version yet"
+        for route in settings.routes
+        if route.websocket
+    ]
+    return faults

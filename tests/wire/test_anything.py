@@ -244,10 +244,6 @@ class Game:
         assert body == expected or not whole
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the half-closing and the paused connections of test_upstream.py and test_conversations.py",
-)
 @pytest.mark.parametrize("seeds", [range(400)])
 @in_loop
 async def test_anything(seeds: range) -> None:

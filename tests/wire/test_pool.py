@@ -236,16 +236,33 @@ async def test_what_the_backend_closed_is_not_lent() -> None:
     assert pool.take() is None
 
 
+@pytest.mark.parametrize(
+    "when",
+    [
+        "before",
+        pytest.param(
+            "behind",
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="pool.py: _dial lends what was lost while its task ended: begin fails, 500 instead of 502",
+            ),
+        ),
+    ],
+)
 @in_loop
-async def test_a_backend_that_accepts_and_closes_takes_no_places() -> None:
+async def test_a_backend_that_accepts_and_closes_takes_no_places(when: str) -> None:
     world, pool = full_world()
     genuine = world.loop.dial
     assert genuine is not None
 
     async def dial(factory: Callable[[], Any], host: str, port: int) -> tuple[Any, Any]:
         transport, protocol = await genuine(factory, host, port)
-        transport.closing = transport.lost = True
-        protocol.connection_lost(ConnectionResetError())
+
+        def lose() -> None:
+            transport.closing = transport.lost = True
+            protocol.connection_lost(ConnectionResetError())
+
+        lose() if when == "before" else world.loop.call_soon(lose)
         return transport, protocol
 
     world.loop.dial = dial
@@ -255,6 +272,7 @@ async def test_a_backend_that_accepts_and_closes_takes_no_places() -> None:
     await caller.send(GET)
     assert "502 Bad Gateway" in caller.log.text
     assert world.outcomes == ["failure"]
+    world.check()
 
 
 @in_loop
