@@ -10,9 +10,7 @@ import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from lucid.settings.checks import mask_uri, shown
 from lucid.core.exchange import Role
-from lucid.settings.describe import columns, describe, route_rows
 from lucid.settings import (
     EndpointSettings,
     LimitSettings,
@@ -22,6 +20,8 @@ from lucid.settings import (
     Timeouts,
     load_settings,
 )
+from lucid.settings.checks import mask_uri, shown
+from lucid.settings.describe import columns, describe, route_rows
 from tests.support.certificates import pem, self_signed
 
 KEY = {"JWT_SECRET_KEY": "k" * 32}

@@ -216,6 +216,8 @@ class Policy:
                 admitted = take is _ADMITTED
             if not admitted:
                 return self._limited(claim, now)
+        if x.pending is not None:
+            x.phase = _AUTHENTICATE
         return x.pending
 
     def _claim(self, x: Exchange, route: Route, principal: Principal) -> Claim:
@@ -269,6 +271,10 @@ class Policy:
     def forwarded_for(self, peer: str, received: tuple[str, ...]) -> str:
         """The X-Forwarded-For that backends get: the hops that are believed, the peer last."""
         return self._proxies.forwarded_for(peer, received)
+
+    def forwarded_scheme(self, peer: str, received: str | None) -> str:
+        """The scheme that the caller spoke to a trusted proxy; empty: none is believed."""
+        return received if received in ("http", "https") and self._proxies.is_trusted(peer) else ""
 
     def swap_routes(self, routes: RouteTable) -> None:
         """Publish a new table; exchanges in flight keep the row that they matched."""

@@ -240,13 +240,7 @@ async def test_what_the_backend_closed_is_not_lent() -> None:
     "when",
     [
         "before",
-        pytest.param(
-            "behind",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="pool.py: _dial lends what was lost while its task ended: begin fails, 500 instead of 502",
-            ),
-        ),
+        "behind",
     ],
 )
 @in_loop

@@ -112,6 +112,7 @@ class Fields:
         "expect",
         "forwarded",
         "forwarded_for",
+        "forwarded_proto",
         "host",
         "keep_alive",
         "length",
@@ -142,6 +143,7 @@ class Fields:
         self.traceparent: str | None = None
         self.tracestate: tuple[str, ...] = ()
         self.forwarded_for: tuple[str, ...] = ()
+        self.forwarded_proto: str | None = None
         self.forwarded = ""
         self.about_itself = False
         """Whether any of X-Request-ID, traceparent and X-Forwarded-For is here."""
@@ -381,6 +383,8 @@ def parse_fields(block: str) -> Fields | Fault:
                 fields.tracestate += (value,)
             case "x-forwarded-for":
                 fields.forwarded_for += (value,)
+            case "x-forwarded-proto":
+                fields.forwarded_proto = value.lower() if fields.forwarded_proto is None else ""
             case _:
                 pass
     if fields.coded:

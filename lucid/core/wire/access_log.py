@@ -7,6 +7,7 @@ written twice a second in one call, so that a log never waits for a disk in the 
 
 import datetime as dt
 import os
+import select
 from bisect import bisect_left
 from collections.abc import Callable
 
@@ -128,8 +129,14 @@ def _readable(line: dict[str, object]) -> bytes:
 
 def write_to(descriptor: int) -> Callable[[bytes], object]:
     """A writer that never waits: what a full or closed descriptor does not take is lost, but for the rest of a line
-    that was begun, which goes out first the next time."""
+    that was begun, which goes out first the next time.
+
+    It asks before each piece instead of making the descriptor non-blocking, which others share: a pipe that is
+    writable takes `PIPE_BUF` bytes at once (POSIX).
+    """
     rest = b""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
 
     def write(data: bytes) -> None:
         nonlocal rest
@@ -137,13 +144,14 @@ def write_to(descriptor: int) -> Callable[[bytes], object]:
         view = memoryview(begun + data)
         taken = 0
         try:
-            while taken < len(view):
-                taken += os.write(descriptor, view[taken:])
+            while taken < len(view) and poll.poll(0):
+                taken += os.write(descriptor, view[taken : taken + select.PIPE_BUF])
         except OSError:
-            if not taken:
-                rest = begun
-            elif view[taken - 1] != NEWLINE:
-                left = bytes(view[taken:])
-                rest = left[: left.find(b"\n") + 1]
+            pass
+        if not taken:
+            rest = begun
+        elif taken < len(view) and view[taken - 1] != NEWLINE:
+            left = bytes(view[taken:])
+            rest = left[: left.find(b"\n") + 1]
 
     return write

@@ -128,8 +128,10 @@ class Forwarding(Connection):
             or spelled[3] != authority
         ):
             self._spelled = (fields, x.principal, head.host, authority)
-            hops = self._gateway.policy.forwarded_for(x.peer, fields.forwarded_for)
-            self._spelled_text = lasting_lines(head, x.principal, authority, hops, self._wire.scheme)
+            policy = self._gateway.policy
+            hops = policy.forwarded_for(x.peer, fields.forwarded_for)
+            scheme = policy.forwarded_scheme(x.peer, fields.forwarded_proto) or self._wire.scheme
+            self._spelled_text = lasting_lines(head, x.principal, authority, hops, scheme)
         state = (
             "".join([f"tracestate: {value}\r\n" for value in fields.tracestate]) if x.trace_continued else ""
         )
@@ -270,7 +272,8 @@ class Forwarding(Connection):
         if code is ErrorCode.BACKEND_UNAVAILABLE:
             fields = (("Retry-After", "1"), *fields)
         details = {"backend": x.route.backend, "reason": failure.kind.value}
-        self._refuse(x, Refusal(code, details=details, fields=fields, source=Source.BACKEND))
+        source = Source.GATEWAY if neutral else Source.BACKEND
+        self._refuse(x, Refusal(code, details=details, fields=fields, source=source))
 
     def upstream_full(self) -> None:
         self._waited_for = True

@@ -127,14 +127,18 @@ class Pool:
         self._dials.add(task)
         task.add_done_callback(self._dials.discard)
         try:
-            return await asyncio.shield(task)
+            upstream = await asyncio.shield(task)
         except asyncio.CancelledError:
             task.add_done_callback(self._keep)
             raise
+        if not upstream.usable:
+            # It was lost between the end of that task and this line.
+            raise Failure(FailureKind.REFUSED, f"{self.label} closed the connection at once")
+        return upstream
 
     def _keep(self, task: "asyncio.Task[Upstream]") -> None:
         if not task.cancelled() and task.exception() is None:
-            self._came_idle(task.result())
+            self.give_back(task.result())
 
     async def _connect(self, seconds: float) -> Upstream:
         made: list[Upstream] = []

@@ -270,7 +270,7 @@ class Upstream(asyncio.Protocol):
                 sink.answer_failed(
                     Failure(FailureKind.CUT_OFF, "the backend closed the connection in mid-answer")
                 )
-        elif self.uses > 1 and not self._buffer and not self._interims:
+        elif self.idle_since and not self._buffer and not self._interims:
             sink.answer_failed(Failure(FailureKind.STALE, "the backend closed a kept connection"))
         else:
             sink.answer_failed(
