@@ -84,7 +84,7 @@ Test = Callable[[httpx.AsyncClient, Worker, State], Awaitable[None]]
 def run(mongo: MongoChild, redis_server: RedisChild) -> Callable[[Test], None]:
     def runner(test: Test) -> None:
         async def main() -> None:
-            async with fleet_of(1, mongo.uri(database_name()), redis_server.uri) as (_, (worker,)):
+            async with fleet_of(1, mongo.in_database(database_name()), redis_server.uri) as (_, (worker,)):
                 state = State()
                 async with served(application(worker, state)) as client:
                     await test(client, worker, state)

@@ -103,7 +103,7 @@ def test_it_is_made_without_mongodb_and_works_once_it_is_there(
     monkeypatch.setattr("lucid.database.indexes.RETRY_SECONDS", 0.05)
 
     async def main(child: stores.MongoChild) -> None:
-        connection = Connection(child.uri("late"))
+        connection = Connection(child.in_database("late"))
         indexes = Indexes(connection)
         users = UserRepository(connection, indexes)
         trying = asyncio.create_task(indexes.keep_trying())
@@ -151,7 +151,7 @@ def test_it_is_made_without_mongodb_and_works_once_it_is_there(
 
 def test_indexes_are_made_once_and_again_without_harm(mongo: stores.MongoChild) -> None:
     async def main() -> None:
-        connection = Connection(mongo.uri("indexes"))
+        connection = Connection(mongo.in_database("indexes"))
         first, second = Indexes(connection), Indexes(connection)
         await asyncio.gather(*(first.ensure() for _ in range(20)))
         await second.ensure()

@@ -40,7 +40,7 @@ _numbers = itertools.count()
 
 @asynccontextmanager
 async def database(mongo: MongoChild, name: str = "") -> AsyncIterator[Database]:
-    connection = Connection(mongo.uri(name or f"test_{next(_numbers)}"))
+    connection = Connection(mongo.in_database(name or f"test_{next(_numbers)}"))
     try:
         yield Database(connection)
     finally:

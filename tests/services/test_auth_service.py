@@ -33,7 +33,7 @@ Run = Callable[..., None]
 def run(mongo: MongoChild, redis_server: RedisChild) -> Run:
     def runner(test: Test, **options: Any) -> None:
         async def main() -> None:
-            uri = mongo.uri(database_name())
+            uri = mongo.in_database(database_name())
             async with fleet_of(2, uri, redis_server.uri, **options) as (fleet, (a, b)):
                 await test(fleet, a, b)
 
@@ -267,7 +267,7 @@ def test_a_deleted_user_comes_back_as_a_new_one(run: Run) -> None:
 
 def test_roles_are_computed_at_login_and_refresh(mongo: MongoChild, redis_server: RedisChild) -> None:
     wallet = Wallet.generate()
-    uri = mongo.uri(database_name())
+    uri = mongo.in_database(database_name())
 
     async def login(admins: frozenset[str]) -> TokenPair:
         async with fleet_of(1, uri, redis_server.uri, admins=admins) as (_, (worker,)):
@@ -624,7 +624,7 @@ def test_without_redis_or_mongodb(
     away = ErrorCode.DEPENDENCY_AWAY
 
     async def main() -> None:
-        uri = mongo.uri(database_name())
+        uri = mongo.in_database(database_name())
         async with fleet_of(2, uri, redis_server.uri) as (fleet, (a, b)):
             pair = await a.login(wallet)
             no_redis = Worker(fleet, uri, "redis://127.0.0.1:9/0")

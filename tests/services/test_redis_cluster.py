@@ -44,9 +44,7 @@ def test_challenges_and_revocations_on_a_cluster(monkeypatch: pytest.MonkeyPatch
         await client.aclose()
 
     with tempfile.TemporaryDirectory(prefix="lucid-test-") as folder:
-        child = RedisChild(
-            folder, free_port(), "--cluster-enabled", "yes", "--cluster-port", str(free_port())
-        )
+        child = RedisChild(folder, "--cluster-enabled", "yes", "--cluster-port", str(free_port()))
         child.start()
         try:
             with redis.Redis(port=child.port) as node:

