@@ -28,6 +28,7 @@ from lucid.core.policy import Policy
 from lucid.core.rules.addresses import TrustedProxies
 from lucid.core.rules.breaker import BreakerState, CircuitBreaker, Transition
 from lucid.core.rules.cors import Cors
+from lucid.core.rules.framing import MAX_HEAD_BYTES
 from lucid.core.rules.keys import KeyMemory
 from lucid.core.rules.routes import Route, RouteTable
 from lucid.core.rules.tokens import TokenMemory
@@ -60,7 +61,8 @@ DRAIN_NOTICE_SECONDS = 0.5
 """Between failing readiness and refusing to keep connections: what is on its way still gets its answer."""
 REMEMBERED_TOKENS = 50_000
 NO_TIMEOUT_SECONDS = 300.0
-"""What a breaker allows a trial on a route that has no timeout."""
+"""What a breaker allows a trial besides the route's timeouts, which begin behind a body that may take long. Every
+exchange settles its permit; this is for the day on which one does not."""
 
 _log = logging.getLogger("lucid.app")
 
@@ -70,7 +72,13 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
     logs.set_up(settings.server)
     app: Sanic[Any, Any] = Sanic("lucid", configure_logging=False)
     app.config.update(
-        {"AUTO_EXTEND": False, "ACCESS_LOG": False, "REAL_IP_HEADER": None, "FALLBACK_ERROR_FORMAT": "json"}
+        {
+            "AUTO_EXTEND": False,
+            "ACCESS_LOG": False,
+            "REAL_IP_HEADER": None,
+            "REQUEST_MAX_HEADER_SIZE": MAX_HEAD_BYTES,
+            "FALLBACK_ERROR_FORMAT": "json",
+        }
     )
 
     # --- what is known and what is decided: core/rules, core/policy ---
@@ -245,16 +253,14 @@ def _breaker(name: str, settings: Settings) -> CircuitBreaker:
     circuit = settings.circuit
     # A trial must have the time that the slowest of the backend's routes gives a request.
     patience = [
-        (route.timeouts.connect or NO_TIMEOUT_SECONDS) + (route.timeouts.head or NO_TIMEOUT_SECONDS)
-        for route in settings.routes
-        if route.backend == name
+        route.timeouts.connect + route.timeouts.head for route in settings.routes if route.backend == name
     ]
     breaker = CircuitBreaker(
         name,
         failure_threshold=circuit.failure_threshold,
         recovery_timeout=circuit.recovery_seconds,
         success_threshold=circuit.success_threshold,
-        trial_timeout=max(patience, default=0.0) + 5.0,
+        trial_timeout=max(patience, default=0.0) + NO_TIMEOUT_SECONDS,
         jitter=random.random,
     )
     breaker.subscribe(_say_transition)

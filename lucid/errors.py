@@ -70,7 +70,7 @@ class GatewayError(Exception):
     """Raised by services and blueprints; answered with the envelope of its code.
 
     `details` is shown to the caller: it never holds a secret. `fields` are extra answer fields such as
-    `("retry-after", "5")`.
+    `("Retry-After", "5")`.
     """
 
     def __init__(
@@ -85,6 +85,19 @@ class GatewayError(Exception):
         self.code = code
         self.details = details or {}
         self.fields = fields
+
+
+AWAY_RETRY_SECONDS = 5
+
+
+def away(dependency: str, message: str = "") -> GatewayError:
+    """The error of a call that needs `dependency` ("mongodb", "redis") and did not get it."""
+    return GatewayError(
+        ErrorCode.DEPENDENCY_AWAY,
+        message,
+        details={"dependency": dependency},
+        fields=(("Retry-After", str(AWAY_RETRY_SECONDS)),),
+    )
 
 
 _encode = msgspec.json.Encoder().encode

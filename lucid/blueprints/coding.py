@@ -14,7 +14,6 @@ from lucid.core.validation import bad_field
 from lucid.errors import ErrorCode, GatewayError
 from lucid.services.auth_service import Caller
 
-MAX_BODY_BYTES: Final = 65_536
 JSON: Final = "application/json"
 NO_STORE: Final = {"cache-control": "no-store"}
 """On every answer that holds a token or a challenge (RFC 6749, 5.1)."""
@@ -37,9 +36,9 @@ class Body(Generic[T]):
         self._decode = msgspec.json.Decoder(kind).decode
 
     def read(self, body: bytes) -> T:
-        """The struct. Raises BAD_JSON, BAD_FIELD with `{"field", "reason"}`, or BODY_TOO_LARGE."""
-        if len(body) > MAX_BODY_BYTES:
-            raise GatewayError(ErrorCode.BODY_TOO_LARGE, details={"limit": MAX_BODY_BYTES})
+        """The struct. Raises BAD_JSON, or BAD_FIELD with `{"field", "reason"}`. How long a body may be the
+        gateway's table says: no longer one reaches a handler.
+        """
         try:
             return self._decode(body)
         except msgspec.ValidationError as error:
@@ -76,7 +75,7 @@ def exchange_of(request: Request) -> Exchange:
 def caller_of(request: Request) -> Caller:
     """From where the request came."""
     exchange = exchange_of(request)
-    return Caller(address=exchange.address, request_id=exchange.request_id)
+    return Caller(address=exchange.address, request_id=exchange.request_id, exchange=exchange)
 
 
 def principal_of(request: Request) -> Principal:

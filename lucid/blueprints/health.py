@@ -55,7 +55,7 @@ def blueprint(dependencies: Dependencies, readiness: Readiness) -> Blueprint:
                 ErrorCode.DRAINING,
                 "The gateway is starting or shutting down",
                 details={"missing": list(missing)},
-                fields=(("retry-after", "1"),),
+                fields=(("Retry-After", "1"),),
             )
         return answer(
             Ready(status="degraded" if missing else "ready", missing=list(missing)), headers=_NO_CACHE

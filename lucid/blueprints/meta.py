@@ -13,7 +13,6 @@ class Info(msgspec.Struct, frozen=True):
     version: str
     api_version: str
     chain: str
-    documentation: str
 
 
 class Version(msgspec.Struct, frozen=True):
@@ -31,7 +30,6 @@ def blueprint() -> Blueprint:
         version=__version__,
         api_version="v1",
         chain="lucid_blocks",
-        documentation="/docs",
     )
     version_answer = Version(service=SERVICE_NAME, version=__version__, api_version="v1")
 

@@ -131,6 +131,10 @@ class Gateway:
             _PARSE_CODES.get(fault.status, ErrorCode.MALFORMED_HEAD), fault.reason, fault.status, close=True
         )
 
+    def body_refusal(self, reason: str) -> Refusal:
+        """The refusal of a body whose framing is lost."""
+        return Refusal(ErrorCode.MALFORMED_BODY, reason, close=True)
+
     def error_refusal(self, error: GatewayError, *, source: Source = Source.GATEWAY) -> Refusal:
         return Refusal(error.code, str(error), details=error.details, fields=error.fields, source=source)
 
@@ -150,8 +154,10 @@ class Gateway:
         if close:
             fields.append(("Connection", "close"))
         answer = own_head(x.status, fields)
+        if x.known_head is not None and x.head.method == "HEAD":
+            return answer
         x.bytes_out = len(body)
-        return answer if x.known_head is not None and x.head.method == "HEAD" else answer + body
+        return answer + body
 
     def preflight_answer(self, x: Exchange, preflight: Preflight, *, close: bool) -> bytes:
         x.status = 204

@@ -13,7 +13,6 @@ from typing import Annotated, Final, Literal
 from msgspec import Meta, Struct
 
 from lucid.core.security import tron
-from lucid.core.security.nonces import CHALLENGE_NONCE_CHARACTERS
 from lucid.errors import ErrorCode, GatewayError
 
 TronAddress = Annotated[
@@ -38,22 +37,11 @@ SignatureHex = Annotated[
     ),
 ]
 
-Nonce = Annotated[
-    str,
-    Meta(
-        min_length=CHALLENGE_NONCE_CHARACTERS,
-        max_length=CHALLENGE_NONCE_CHARACTERS,
-        pattern=f"^[0-9a-f]{{{CHALLENGE_NONCE_CHARACTERS}}}$",
-    ),
-]
-
 ChallengeText = Annotated[str, Meta(min_length=1, max_length=2_048)]
 """The challenge as it was given out. Compared whole, so nothing more is asked of it."""
 
 RefreshTokenText = Annotated[str, Meta(min_length=1, max_length=256)]
 AccessTokenText = Annotated[str, Meta(min_length=1, max_length=4_096)]
-
-UserId = Annotated[str, Meta(min_length=1, max_length=64, pattern="^[A-Za-z0-9_-]+$(?!\\n)")]
 
 ShortText = Annotated[
     str,

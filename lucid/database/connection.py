@@ -16,7 +16,7 @@ from pymongo.errors import (
     WaitQueueTimeoutError,
 )
 
-from lucid.errors import ErrorCode, GatewayError
+from lucid.errors import ErrorCode, GatewayError, away
 
 Document: TypeAlias = dict[str, Any]
 
@@ -34,12 +34,6 @@ would hold its connection for the five seconds of a selection that is bound to f
 """
 
 _log = logging.getLogger(__name__)
-
-
-def _away() -> GatewayError:
-    return GatewayError(
-        ErrorCode.DEPENDENCY_AWAY, details={"dependency": "mongodb"}, fields=(("retry-after", "5"),)
-    )
 
 
 class Connection:
@@ -90,7 +84,7 @@ class Connection:
     def border(self) -> Iterator[None]:
         """Around every call to the driver: its errors leave as GatewayError, CONFLICT or DEPENDENCY_AWAY."""
         if self._monotonic() < self._retry_at:
-            raise _away()
+            raise away("mongodb")
         try:
             yield
         except DuplicateKeyError as error:
@@ -99,15 +93,15 @@ class Connection:
         except WaitQueueTimeoutError as error:
             # The pool is full, the server is not away.
             _log.warning("mongodb: no free connection in the pool")
-            raise _away() from error
+            raise away("mongodb") from error
         except ConnectionFailure as error:
             # One broken connection is no reason to fail others; that no server could be found is.
             if isinstance(error, ServerSelectionTimeoutError):
                 self._retry_at = self._monotonic() + FAIL_FAST_SECONDS
             _log.warning("mongodb is away: %s", type(error).__name__)
-            raise _away() from error
+            raise away("mongodb") from error
         except PyMongoError as error:
             # Not authorised, not enough members for a majority, a full disk: it is there and does not serve
             # us.
             _log.exception("mongodb refused an operation")
-            raise _away() from error
+            raise away("mongodb") from error

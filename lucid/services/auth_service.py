@@ -10,12 +10,14 @@ import datetime as dt
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgspec
 
 from lucid.core.exchange import ROLES, Principal, Role
+from lucid.core.rules.leases import Claim
 from lucid.core.rules.tokens import TokenMemory
+from lucid.core.security import api_keys as keys
 from lucid.core.security import nonces, tron
 from lucid.core.security.jwt import IssuedToken, TokenIssuer
 from lucid.core.security.roles import PERMISSIONS, TIERS
@@ -24,23 +26,38 @@ from lucid.database.api_key_repository import ApiKeyRepository
 from lucid.database.documents import FamilyDocument, HardwareWallet, UserDocument
 from lucid.database.refresh_token_repository import RefreshTokenRepository
 from lucid.database.user_repository import UserRepository
-from lucid.errors import ErrorCode, GatewayError, rfc3339
+from lucid.errors import ErrorCode, GatewayError, away, rfc3339
 from lucid.services.challenges import Challenge, Challenges
-from lucid.services.revocations import Revocation, Revocations
+from lucid.services.look_ups import LookUps
+from lucid.services.revocations import Revocation, Revocations, of_user
 from lucid.services.user_service import effective_role
 from lucid.settings import TokenSettings
 
-Charge = Callable[[str, str], Awaitable[None]]
-"""(limit name, identifier): charge one request; raises GatewayError RATE_LIMITED when over."""
+
+class ClaimHolder(Protocol):
+    """What an answer's RateLimit fields are taken from: the exchange."""
+
+    claim: Claim | None
+
+
+Charge = Callable[[str, str, ClaimHolder | None], Awaitable[None]]
+"""(limit name, identifier, whose answer shall show it): charge one request; raises GatewayError RATE_LIMITED
+when over.
+"""
 
 _audit: Final = logging.getLogger("lucid.audit")
 
 
 class Caller(msgspec.Struct, frozen=True):
-    """From where a request came: `address` is what limits per address are counted by."""
+    """From where a request came.
+
+    `address` is the whole address, as the audit log tells it; whoever charges a limit counts an IPv6 one by its
+    network. `exchange` is told what was charged on top; None: nobody shows it.
+    """
 
     address: str
     request_id: str = ""
+    exchange: ClaimHolder | None = None
 
 
 class AuthenticatedUser(msgspec.Struct, frozen=True):
@@ -124,6 +141,9 @@ class AuthService:
         self._charge = charge
         self._wall_clock = wall_clock
         self._monotonic = monotonic
+        self._look_ups = LookUps(
+            self._find_api_key, lambda: away("mongodb", "Too many API keys are being looked up")
+        )
 
     async def challenge(self, tron_address: str) -> Challenge:
         """A text for this wallet to sign within five minutes. Raises BAD_FIELD for a wrong checksum."""
@@ -165,7 +185,7 @@ class AuthService:
         await self._refresh_tokens.start_family(
             family,
             user.user_id,
-            nonces.digest(refresh_token),
+            keys.digest(refresh_token),
             now,
             now + dt.timedelta(days=self._settings.refresh_days),
         )
@@ -195,12 +215,12 @@ class AuthService:
         the address.
         """
         self._require_issuer()
-        spent = nonces.digest(refresh_token)
+        spent = keys.digest(refresh_token)
         family = await self._refresh_tokens.find_family(spent, self._now())
         if family is None:
-            await self._charge("login", caller.address)
+            await self._charge("login", caller.address, caller.exchange)
             raise _bad_refresh_token()
-        await self._charge("refresh", family.user_id)
+        await self._charge("refresh", family.user_id, caller.exchange)
         if family.revoked_at is not None:
             raise _bad_refresh_token()
         if family.current != spent:
@@ -214,26 +234,24 @@ class AuthService:
         role = effective_role(user, self._admin_addresses)
         issued = self._issue(user, role, family.family)
         fresh = nonces.refresh_token()
-        if not await self._refresh_tokens.rotate(family, spent, nonces.digest(fresh), self._now()):
+        if not await self._refresh_tokens.rotate(family, spent, keys.digest(fresh), self._now()):
             raise await self._reused(family, caller)
         return self._pair(user, role, issued, fresh)
 
     async def logout(self, principal: Principal, all_logins: bool, caller: Caller) -> None:
         """End the login that this token comes from, or every login of its user.
 
-        MongoDB first, so that no new token can be had, then the access tokens that are out. Raises
+        MongoDB first, so that no new token can be had, then the access tokens that are out. Needs MongoDB and
+        not Redis: without it this worker refuses the tokens at once, the others once it is back. Raises
         ROLE_TOO_LOW for a caller with an API key, which belongs to no login.
         """
         if principal.via != "token":
             raise GatewayError(ErrorCode.ROLE_TOO_LOW, "Only a token from a login can log out")
         await self._refresh_tokens.revoke_family(principal.family, self._now())
-        until = self._until(principal.expires_at)
-        revocations = [Revocation(family=principal.family, until=until)]
+        revocations = [Revocation(family=principal.family, until=self._until(principal.expires_at))]
         if all_logins:
             await self._refresh_tokens.revoke_user(principal.user_id, self._now())
-            revocations.append(
-                Revocation(user=principal.user_id, issued_before=self._wall_clock(), until=until)
-            )
+            revocations.append(of_user(principal.user_id, self._wall_clock()))
         await self._revocations.revoke(*revocations)
         self._record(
             "revocation",
@@ -278,8 +296,11 @@ class AuthService:
         user.
 
         It acts as its owner, with the key's role but never more than the owner has now. Raises
-        DEPENDENCY_AWAY.
+        DEPENDENCY_AWAY, also where too many others are being looked up.
         """
+        return await self._look_ups(digest)
+
+    async def _find_api_key(self, digest: bytes) -> Principal | ErrorCode:
         key = await self._api_keys.find_by_digest(digest, self._now())
         if key is None or key.role not in ROLES:
             return ErrorCode.BAD_CREDENTIAL
@@ -329,8 +350,7 @@ class AuthService:
         return True
 
     def _until(self, expires_at: float) -> float:
-        """When nothing that is out now can be good any more: a token's life from now, or this one's if
-        longer.
+        """When no token of one login can be good any more: a token's life from now, or this one's if longer.
         """
         newest = self._wall_clock() + self._issuer.access_seconds
         return max(newest, expires_at) + self._settings.leeway_seconds + 1.0

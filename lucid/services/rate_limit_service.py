@@ -4,17 +4,22 @@ service knows to charge.
 
 import logging
 import math
+import random
 import time
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from lucid.core.exchange import Limit, Principal
 from lucid.core.rules.addresses import identifier as address_identifier
 from lucid.core.rules.leases import Claim, LimitSet, Standing
+from lucid.core.rules.refusals import over_limit
 from lucid.core.wire.lease_store import LeaseStore, StoreAwayError
-from lucid.errors import ErrorCode, GatewayError
+from lucid.errors import ErrorCode, GatewayError, away
+
+if TYPE_CHECKING:
+    from lucid.services.auth_service import ClaimHolder
 
 _audit: Final = logging.getLogger("lucid.audit")
 
@@ -52,11 +57,17 @@ class RateLimitService:
     """One per worker, over its lease store. `limits` are the platform's and the routes' by name."""
 
     def __init__(
-        self, store: LeaseStore, limits: Mapping[str, Limit], monotonic: Callable[[], float] = time.monotonic
+        self,
+        store: LeaseStore,
+        limits: Mapping[str, Limit],
+        monotonic: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] = random.random,
     ) -> None:
+        """`jitter` gives [0, 1): seconds on top of what a refused caller is told to wait."""
         self._store = store
         self._limits = limits
         self._monotonic = monotonic
+        self._jitter = jitter
         self._sets = {name: LimitSet((limit,)) for name, limit in limits.items()}
 
     def standing(self, principal: Principal, claim: Claim | None) -> StandingsView:
@@ -71,7 +82,7 @@ class RateLimitService:
         try:
             answer = await self._store.look(limit, identifier)
         except StoreAwayError as error:
-            raise _away() from error
+            raise away("redis") from error
         return KeyView(
             name=name,
             identifier=identifier,
@@ -90,25 +101,31 @@ class RateLimitService:
         try:
             await self._store.reset(limit, identifier)
         except StoreAwayError as error:
-            raise _away() from error
+            raise away("redis") from error
         fields = {"event": "limit_reset", "user_id": by.user_id, "limit": name, "identifier": identifier}
         _audit.info("limit_reset", extra={"audit": fields})
 
-    async def charge(self, name: str, identifier: str) -> None:
-        """Charge one request to a named limit; a limit that is off charges nothing. Raises RATE_LIMITED."""
+    async def charge(self, name: str, identifier: str, exchange: "ClaimHolder | None" = None) -> None:
+        """Charge one request to a named limit; a limit that is off charges nothing. Raises RATE_LIMITED.
+
+        The limit joins those that `exchange` was charged to already, so that the answer's fields list all.
+        """
         limits = self._sets.get(name)
         if limits is None:
             return
+        identifier = _counted_by(limits.limits[0], identifier)
         claim = self._store.leases.claim(limits, identifier, identifier)
-        if await self._store.admit(claim):
-            return
-        limit = limits.limits[0]
-        seconds = max(1, math.ceil(claim.retry_after(self._monotonic())))
-        raise GatewayError(
-            ErrorCode.RATE_LIMITED,
-            details={"limit": limit.requests, "window_seconds": limit.window_seconds, "name": name},
-            fields=(("Retry-After", str(seconds)),),
-        )
+        admitted = await self._store.admit(claim)
+        if exchange is not None:
+            exchange.claim = claim if exchange.claim is None else self._joined(exchange.claim, claim)
+        if not admitted:
+            refusal = over_limit(claim, self._monotonic(), self._jitter())
+            raise GatewayError(refusal.code, details=refusal.details, fields=refusal.fields)
+
+    def _joined(self, first: Claim, second: Claim) -> Claim:
+        """Both as one, to be shown. Not kept: it lives as long as the exchange."""
+        limits = LimitSet((*first.limits.limits, *second.limits.limits))
+        return Claim(self._store.leases, limits, (*first.all, *second.all))
 
     def _limit(self, name: str) -> Limit:
         limit = self._limits.get(name)
@@ -126,10 +143,4 @@ def _view(standing: Standing) -> StandingView:
     limit = standing.limit
     return StandingView(
         limit.name, limit.requests, limit.window_seconds, standing.remaining, standing.reset_seconds
-    )
-
-
-def _away() -> GatewayError:
-    return GatewayError(
-        ErrorCode.DEPENDENCY_AWAY, details={"dependency": "redis"}, fields=(("Retry-After", "5"),)
     )

@@ -3,19 +3,37 @@
 A revocation is applied to this worker's memory, kept in Redis for workers that start later, and published
 over the control channel to those that run. It lives until the tokens that it names would have expired
 anyway.
+
+*While Redis is away* nothing of it is lost but with this process: the channel keeps the message, and what could
+not be stored is stored with the next revocation, with the next message that comes (Redis is back then), or when
+everything is loaded anew. So `revoke` succeeds without Redis.
+
+*Stored first, then published*: a worker that starts takes its place in the channel, then loads what is stored.
+What it does not find was stored later, so its message comes later still. What was stored late is published
+again for the same reason; applying one twice changes nothing.
 """
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Final
 
 import msgspec
 
 from lucid.core.rules.tokens import TokenMemory
+from lucid.core.security.jwt import LONGEST_LIFE_MINUTES
+from lucid.errors import GatewayError
 from lucid.services.stores import redis_border
 
 KEY: Final = "lucid:revocations"
 """A sorted set: the message as JSON, its `until` as the score."""
+USERS_KEY: Final = "lucid:revoked_users"
+"""A sorted set: user id, `issued_before` as the score. One entry a user: these stay for a year, and a user may
+end all logins as often as they like.
+"""
+USER_SECONDS: Final = LONGEST_LIFE_MINUTES * 60.0 + 3_600.0
+"""How long all tokens of a user stay revoked: the longest life, and an hour for leeway and clocks."""
+MOST_UNKEPT: Final = 1_000
 
 Publish = Callable[[dict[str, Any]], Awaitable[None]]
 
@@ -34,12 +52,17 @@ class Revocation(msgspec.Struct, frozen=True, omit_defaults=True):
     issued_before: float = 0.0
 
 
+def of_user(user_id: str, issued_before: float) -> Revocation:
+    """All tokens of a user that were issued at `issued_before` or earlier, those minted by hand too."""
+    return Revocation(user=user_id, issued_before=issued_before, until=issued_before + USER_SECONDS)
+
+
 class Revocations:
     """Applies, keeps and publishes revocations.
 
-    `publish` sends a message to all workers; each of them, this one included, hands it to `on_revocation`.
-    A new worker, and one that has missed messages, calls `load_revocations`. Applying one twice changes
-    nothing.
+    `publish` sends a message to all workers, or keeps it until it can, and does not raise; each worker, this one
+    included, hands it to `on_revocation`. A new worker, and one that has missed messages, calls
+    `load_revocations`.
     """
 
     def __init__(
@@ -49,24 +72,21 @@ class Revocations:
         self._memory = memory
         self._publish = publish
         self._wall_clock = wall_clock
+        self._unkept: dict[Revocation, None] = {}
+        """Not known to be stored; the oldest first."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._again: asyncio.Task[None] | None = None
 
     async def revoke(self, *revocations: Revocation) -> None:
-        """Make these known to all workers. Raises DEPENDENCY_AWAY, with this worker's own memory changed
-        already.
-        """
+        """Refuse these here at once, and on all workers as soon as Redis answers. Raises nothing."""
         for revocation in revocations:
             self._apply(revocation)
-        with redis_border():
-            pipeline = self._redis.pipeline(transaction=False)
-            pipeline.zremrangebyscore(KEY, "-inf", self._wall_clock())
-            pipeline.zadd(
-                KEY, {msgspec.json.encode(revocation): revocation.until for revocation in revocations}
-            )
-            await pipeline.execute()
-        for revocation in revocations:
-            body = msgspec.to_builtins(revocation)
-            with redis_border():
-                await self._publish(body)
+            self._unkept[revocation] = None
+        while len(self._unkept) > MOST_UNKEPT:
+            _log.error("too many revocations wait for Redis, the oldest reaches no worker that starts later")
+            del self._unkept[next(iter(self._unkept))]
+        # It is spread although its caller may leave meanwhile.
+        await asyncio.shield(self._start(self._spread(revocations)))
 
     def on_revocation(self, body: Mapping[str, Any]) -> None:
         """A message from the control channel."""
@@ -76,11 +96,17 @@ class Revocations:
             _log.warning("a revocation was not understood: %s", error)
             return
         self._apply(revocation)
+        if self._unkept and (self._again is None or self._again.done()):
+            self._again = self._start(self._spread(()))
 
     async def load_revocations(self) -> None:
-        """Take all active revocations from Redis. Raises DEPENDENCY_AWAY."""
+        """Store what waits, then take all active revocations from Redis. Raises DEPENDENCY_AWAY."""
+        for late in await self._keep():
+            await self._publish(msgspec.to_builtins(late))
+        now = self._wall_clock()
         with redis_border():
-            kept = await self._redis.zrangebyscore(KEY, self._wall_clock(), "+inf")
+            kept = await self._redis.zrangebyscore(KEY, now, "+inf")
+            users = await self._redis.zrangebyscore(USERS_KEY, now - USER_SECONDS, "+inf", withscores=True)
         for text in kept:
             try:
                 body = msgspec.json.decode(text)
@@ -88,6 +114,46 @@ class Revocations:
                 _log.warning("a stored revocation was not understood")
                 continue
             self.on_revocation(body)
+        for user_id, issued_before in users:
+            self._apply(of_user(user_id if isinstance(user_id, str) else user_id.decode(), issued_before))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.create_task(work, name="lucid revocations")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _spread(self, revocations: tuple[Revocation, ...]) -> None:
+        """Store all that waits, then publish it; where Redis is away, publish `revocations` at least."""
+        try:
+            late = await self._keep()
+        except GatewayError:
+            late = []
+        for revocation in dict.fromkeys([*late, *revocations]):
+            await self._publish(msgspec.to_builtins(revocation))
+
+    async def _keep(self) -> list[Revocation]:
+        """Store what waits, and say what that was. Raises DEPENDENCY_AWAY, and all of it waits on."""
+        waiting = list(self._unkept)
+        if not waiting:
+            return []
+        by_moment = sorted(waiting, key=lambda each: each.issued_before)
+        users = {each.user: each.issued_before for each in by_moment if each.user}
+        others = {msgspec.json.encode(each): each.until for each in waiting if not each.user}
+        now = self._wall_clock()
+        with redis_border():
+            pipeline = self._redis.pipeline(transaction=False)
+            pipeline.zremrangebyscore(KEY, "-inf", now)
+            pipeline.zremrangebyscore(USERS_KEY, "-inf", now - USER_SECONDS)
+            if others:
+                pipeline.zadd(KEY, others)
+            if users:
+                # GT: of two workers that revoke at once, the later moment stays.
+                pipeline.zadd(USERS_KEY, users, gt=True)
+            await pipeline.execute()
+        for each in waiting:
+            self._unkept.pop(each, None)
+        return waiting
 
     def _apply(self, revocation: Revocation) -> None:
         if revocation.family:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from redis.exceptions import RedisError
 
-from lucid.errors import ErrorCode, GatewayError
+from lucid.errors import away
 
 _log = logging.getLogger(__name__)
 
@@ -18,6 +18,4 @@ def redis_border() -> Iterator[None]:
         yield
     except (RedisError, OSError, TimeoutError) as error:
         _log.warning("redis is away: %s", type(error).__name__)
-        raise GatewayError(
-            ErrorCode.DEPENDENCY_AWAY, details={"dependency": "redis"}, fields=(("retry-after", "5"),)
-        ) from error
+        raise away("redis") from error

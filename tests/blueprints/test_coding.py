@@ -12,7 +12,8 @@ from lucid.blueprints.auth import (
     VerifyBody,
     WalletLoginBody,
 )
-from lucid.blueprints.coding import MAX_BODY_BYTES, Body, keys_of
+from lucid.blueprints.access import MAX_BODY_BYTES
+from lucid.blueprints.coding import Body, keys_of
 from lucid.core.validation import checked_address, is_user_id
 from lucid.errors import ErrorCode, GatewayError
 from tests.support.wallet import Wallet
@@ -129,11 +130,6 @@ def test_deep_nesting_is_a_fault_and_no_crash(opening: bytes) -> None:
     for kind in (WalletLoginBody, LogoutBody, VerifyBody):
         assert fault(kind, body).code in (ErrorCode.BAD_JSON, ErrorCode.BAD_FIELD)
     assert keys_of(body) == frozenset()
-
-
-def test_a_body_over_the_bound() -> None:
-    assert fault(LogoutBody, b" " * (MAX_BODY_BYTES + 1)).code is ErrorCode.BODY_TOO_LARGE
-    assert Body(LogoutBody).read(b"{}" + b" " * (MAX_BODY_BYTES - 2)).all_logins is False
 
 
 def test_keys() -> None:

@@ -206,7 +206,13 @@ def test_faults_of_login(run: Callable[[Test], None]) -> None:
 def test_meta_and_health(run: Callable[[Test], None]) -> None:
     async def test(http: httpx.AsyncClient, worker: Worker, state: State) -> None:
         info = (await http.get("/api/v1/meta/info")).json()
-        assert (info["service"], info["chain"], info["api_version"]) == ("api-gateway", "lucid_blocks", "v1")
+        assert info == {
+            "service": "api-gateway",
+            "description": "Lucid API Gateway",
+            "version": __version__,
+            "api_version": "v1",
+            "chain": "lucid_blocks",
+        }
         version = await http.get("/api/v1/meta/version")
         assert version.json() == {"service": "api-gateway", "version": __version__, "api_version": "v1"}
 

@@ -346,7 +346,7 @@ def test_tokens_are_in_no_row_and_rows_are_given_an_end(mongo: MongoChild) -> No
     async def test(db: Database) -> None:
         await db.indexes.ensure()
         token = nonces.refresh_token()
-        await family(db, token=nonces.digest(token))
+        await family(db, token=api_keys.digest(token))
         rows = await db.connection.database["refresh_tokens"].find({}).to_list(10)
         assert len(rows) == 2
         assert all(row["expires_at"] == NOW + 7 * DAY for row in rows)

@@ -6,7 +6,7 @@ import pytest
 
 from lucid.core.exchange import Limit
 from lucid.core.rules.bucket import CURRENT_SLOT, Answer, Op, Store
-from lucid.core.rules.key_lease import KeyLease, Shape
+from lucid.core.rules.key_lease import RECALL_STEPS_SECONDS, KeyLease, Shape
 from lucid.core.rules.leases import Claim, Flight, Leases, LimitSet, Standing, Take
 
 EPOCH_MS = 1_700_000_000_000
@@ -493,9 +493,14 @@ def test_what_another_worker_holds_is_asked_for_before_anybody_is_refused(world:
     assert claim.take(world.now(here)) is Take.WANTING
     here.wait(claim, told.append)
     assert world.call(here) is None
+    here.recall_step(recalls[0])
+    world.call(here)  # too early: the other one has not answered yet
+    assert len(recalls) == 1
     there.give_back(recalls[0][0].key)
     world.call(there)
-    here.requeue(recalls[0])
+    here.recall_step(recalls[0])
+    world.call(here)
+    here.recall_step(recalls[0])
     world.call(here)
     assert admitted + sum(told) == 10
     assert len(told) == 13
@@ -509,8 +514,10 @@ def test_a_holder_that_does_not_answer_is_asked_once_and_then_the_caller_is_refu
     for _ in range(12):
         here.wait(claim, told.append)
     world.call(here)
-    here.requeue(recalls[0])
-    world.call(here)
+    for _ in RECALL_STEPS_SECONDS:
+        assert len(told) < 12
+        here.recall_step(recalls[0])
+        world.call(here)
     assert len(recalls) == 1
     assert len(told) == 12
     assert not told[-1]

@@ -350,7 +350,7 @@ def test_what_is_stored_of_a_token_opens_nothing(run: Run) -> None:
         shown = repr(rows)
         assert pair.refresh_token not in shown
         assert pair.access_token not in shown
-        digest = nonces.digest(pair.refresh_token)
+        digest = api_keys.digest(pair.refresh_token)
         for guess in (digest.hex(), str(digest), a.judge(pair.access_token).family, "", "x" * 256):
             await refused(ErrorCode.BAD_CREDENTIAL, a.auth.refresh(guess, CALLER))
         assert set(fleet.charged) == {("login", CALLER.address)}

@@ -16,7 +16,7 @@ from lucid.database.indexes import Indexes
 from lucid.database.refresh_token_repository import RefreshTokenRepository
 from lucid.database.user_repository import UserRepository
 from lucid.errors import ErrorCode, GatewayError
-from lucid.services.auth_service import AuthService, Caller, TokenPair
+from lucid.services.auth_service import AuthService, Caller, ClaimHolder, TokenPair
 from lucid.services.challenges import Challenges
 from lucid.services.revocations import Revocations
 from lucid.services.user_service import UserService
@@ -51,7 +51,7 @@ class Fleet:
         for worker in () if self.cut else self.workers:
             worker.revocations.on_revocation(body)
 
-    async def charge(self, limit_name: str, identifier: str) -> None:
+    async def charge(self, limit_name: str, identifier: str, _exchange: ClaimHolder | None) -> None:
         self.charged.append((limit_name, identifier))
         if limit_name in self.used_up:
             raise GatewayError(ErrorCode.RATE_LIMITED)

@@ -11,7 +11,7 @@ import pytest
 from lucid.core.exchange import Exchange, Phase, Role, Source
 from lucid.core.rules.framing import Head, Memo, parse_head
 from lucid.core.rules.routes import Route
-from lucid.core.wire.access_log import MAX_PENDING_LINES, SUCCESSES_PER_SECOND, AccessLog, write_to
+from lucid.core.wire.access_log import MAX_PENDING_LINES, LINES_PER_SECOND, AccessLog, write_to
 from lucid.errors import ErrorCode
 from tests.support.wire import ALICE
 
@@ -140,24 +140,33 @@ def test_reloads_take_no_memory() -> None:
 
 def test_successes_are_sampled_failures_never() -> None:
     log = Log()
-    for _ in range(SUCCESSES_PER_SECOND + 50):
+    for _ in range(LINES_PER_SECOND + 50):
         log.record(exchange(), 100.2)
     log.record(exchange(500), 100.9)
     for _ in range(5):
         log.record(exchange(), 101.0)
     lines = log.lines()
-    assert len(lines) == SUCCESSES_PER_SECOND + 1 + 5
+    assert len(lines) == LINES_PER_SECOND + 1 + 5
     assert [line.get("unlogged") for line in lines[-6:]] == [50, None, None, None, None, None]
-    assert log.counters["/open/**"].statuses[2] == SUCCESSES_PER_SECOND + 55
+    assert log.counters["/open/**"].statuses[2] == LINES_PER_SECOND + 55
+
+
+def test_what_callers_do_wrong_cannot_flood_the_log() -> None:
+    log = Log()
+    for _ in range(LINES_PER_SECOND + 50):
+        x = exchange(429)
+        x.failed_by = Source.CALLER
+        log.record(x, 100.2)
+    assert len(log.lines()) == LINES_PER_SECOND
 
 
 def test_an_answer_that_broke_off_is_no_success() -> None:
     log = Log()
-    for _ in range(SUCCESSES_PER_SECOND + 1):
+    for _ in range(LINES_PER_SECOND + 1):
         x = exchange(200)
         x.failed_by = Source.BACKEND
         log.record(x, 100.0)
-    assert len(log.lines()) == SUCCESSES_PER_SECOND + 1
+    assert len(log.lines()) == LINES_PER_SECOND + 1
 
 
 def test_lines_are_gathered_and_bounded() -> None:

@@ -206,7 +206,7 @@ def test_messages(talk: Talk) -> None:
 
 
 EARLY = "HTTP/1.1 200 OK\nContent-Length: 2\nConnection: close\n\nhi"
-BROKEN_CHUNK = "HTTP/1.1 400 Bad Request\nConnection: close\n\n<LUCID_ERR_1001>"
+BROKEN_CHUNK = "HTTP/1.1 400 Bad Request\nConnection: close\n\n<LUCID_ERR_1008>"
 TOO_LARGE = "HTTP/1.1 413 Content Too Large\n{}\n<LUCID_ERR_1006>"
 
 

@@ -15,8 +15,9 @@ STRICT_RETRY_SECONDS = 1.0
 """What a caller is told while only the store could say more: the store is tried at least that often."""
 
 
-RECALL_SECONDS = 0.05
-"""How long a request waits for what other workers hold: a push, their call, then ours."""
+RECALL_STEPS_SECONDS = (0.015, 0.05, 0.2)
+"""When a request that waits for what other workers hold asks the store again: a push, their call, then ours take
+some milliseconds; a worker that is busy may take longer, one that is dead never answers."""
 RECALL_PAUSE_SECONDS = 0.5
 """Between two recalls of a key by one worker, in which its refusals come from memory."""
 
@@ -80,8 +81,8 @@ class Worker:
         """Those that the store must still hear about."""
         self.most_live = most_live
         self.recall: Callable[[list[KeyLease]], None] | None = None
-        """Asks other workers for what they hold of these keys, and calls `Leases.requeue` after `RECALL_SECONDS`;
-        set by the owner, None where nobody can be asked."""
+        """Asks other workers for what they hold of these keys, and calls `Leases.recall_step` with them at each of
+        `RECALL_STEPS_SECONDS`; set by the owner, None where nobody can be asked."""
 
 
 class KeyLease:
@@ -116,9 +117,10 @@ class KeyLease:
         "offset_ms",
         "opened",
         "policy",
-        "recall_until",
+        "recall_paused",
         "recalled",
         "recalled_at",
+        "recalling",
         "renew_at",
         "reserved",
         "sent",
@@ -160,8 +162,11 @@ class KeyLease:
         self.recalled = False
         """Another worker has need of what is held here: the next message returns it."""
         self.recalled_at = float("-inf")
-        """When this worker asked others for theirs, and until when it waits for that."""
-        self.recall_until = float("-inf")
+        """When this worker asked others for theirs."""
+        self.recalling = 0
+        """Steps of that recall to come; above 0 nobody is refused by this key."""
+        self.recall_paused = False
+        """Whether who waits for it waits for the next step."""
         self.held_until = 0.0
         self.history: deque[tuple[float, int]] = deque()
         """`(end of slot, admissions)` by this worker's own clock: what `safe` counts by."""
@@ -435,7 +440,7 @@ class KeyLease:
         if answer.held_ms:
             # From the time of sending: it ends early rather than late.
             self.held_until = sent + answer.held_ms / 1_000
-        elif answer.free <= 0 and not self.may_recall(now):
+        elif answer.free <= 0 and not (answer.elsewhere and (self.recalling or self.may_recall(now))):
             # What others hold may come back before a slot leaves, and nobody tells: look again a slot later.
             wait_ms = min(answer.free_ms, self.shape.slot_ms) if answer.elsewhere else answer.free_ms
             self.deny_until = now + wait_ms / 1_000

@@ -26,7 +26,7 @@ import msgspec
 
 from lucid.core.exchange import Limit
 from lucid.core.rules.bucket import SLOTS, Answer, Call, Group, Message
-from lucid.core.rules.key_lease import RECALL_SECONDS, Counters, KeyLease, Shape, Worker
+from lucid.core.rules.key_lease import RECALL_STEPS_SECONDS, Counters, KeyLease, Shape, Worker
 
 __all__ = ["Claim", "Counters", "Flight", "Leases", "LimitSet", "Shape", "Standing", "Take", "Waiter"]
 
@@ -213,7 +213,7 @@ class Leases(Worker):
 
     `away`: the store is not asked, every decision is made here. `fleet`: the largest number of workers ever
     known, 0: never told (then `safe` admits nothing alone). Claims are kept in two generations of at most
-    `most_claims / 2` each; a lease that the store must still hear about outlives its claim.
+    `most_claims / 2` each, some 2.4 KB a claim; a lease that the store must still hear about outlives its claim.
     """
 
     lease_type: type[KeyLease] = KeyLease
@@ -223,7 +223,7 @@ class Leases(Worker):
         holder: str,
         *,
         fleet: int = 0,
-        most_claims: int = 65_536,
+        most_claims: int = 16_384,
         shape: Callable[[Limit], Shape] = Shape.of,
         slots: int = SLOTS,
     ) -> None:
@@ -355,7 +355,7 @@ class Leases(Worker):
             if verdict is not Take.WANTING:
                 waiter.settle(verdict is Take.ADMITTED)
                 continue
-            if any(now < lease.recall_until for lease in waiter.claim.all):
+            if any(lease.recall_paused for lease in waiter.claim.all):
                 self.deferred.append(waiter)
                 continue
             for lease in waiter.claim.all:
@@ -419,19 +419,25 @@ class Leases(Worker):
         for lease in blocking:
             if lease.may_recall(now):
                 lease.recalled_at = now
-                lease.recall_until = now + RECALL_SECONDS
+                lease.recalling = len(RECALL_STEPS_SECONDS)
                 lease.deny_until = 0.0
                 asked[lease] = None
-        if not any(now < lease.recall_until for lease in blocking):
+        if not all(lease.recalling for lease in blocking):
             return False
+        for lease in blocking:
+            lease.recall_paused = True
         waiter.direct = []
         self.deferred.append(waiter)
         return True
 
-    def requeue(self, recalled: Iterable[KeyLease] = ()) -> None:
-        """The others have had their time with these keys: who waited for them asks the store again."""
-        for lease in recalled:
-            lease.recall_until = float("-inf")
+    def recall_step(self, leases: Iterable[KeyLease]) -> None:
+        """Others have had some time with these keys: who waits for them asks the store again."""
+        for lease in leases:
+            lease.recalling = max(0, lease.recalling - 1)
+            lease.recall_paused = False
+        self._requeue()
+
+    def _requeue(self) -> None:
         self.waiting.extend(self.deferred)
         self.deferred.clear()
 
@@ -484,7 +490,7 @@ class Leases(Worker):
 
     def decide_waiting(self, now: float) -> None:
         """Settles the queue without the store; set `away` first."""
-        self.requeue()
+        self._requeue()
         while self.waiting:
             waiter = self.waiting.popleft()
             if not waiter.gone:

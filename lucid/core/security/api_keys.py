@@ -15,13 +15,13 @@ def new_api_key() -> str:
 
 
 def is_api_key(text: str) -> bool:
-    """Whether `text` has the shape of a key. What has not needs no look-up."""
+    """Whether `text` has the shape of a key. What has not is BAD_CREDENTIAL without a look-up."""
     return _SHAPE.fullmatch(text) is not None
 
 
-def digest(key: str) -> bytes:
-    """SHA-256 of the key, 32 bytes: what is stored and looked up. The key has 256 bits of entropy, so
-    neither salt nor a slow hash would add anything, and the look-up by digest tells nothing through its
-    timing.
+def digest(secret: str) -> bytes:
+    """SHA-256 of an API key or a refresh token, 32 bytes: what is stored and looked up. Both have 256 bits of
+    entropy, so neither salt nor a slow hash would add anything, and the look-up by digest tells nothing
+    through its timing.
     """
-    return hashlib.sha256(key.encode("utf-8")).digest()
+    return hashlib.sha256(secret.encode("utf-8")).digest()

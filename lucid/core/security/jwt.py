@@ -32,6 +32,8 @@ MIN_SECRET_BYTES: Final = 32
 MIN_RSA_BITS: Final = 2_048
 """RFC 7518, 3.3."""
 MAX_JWKS_KEYS: Final = 32
+LONGEST_LIFE_MINUTES: Final = 366 * 24 * 60
+"""Of a token minted by hand, the longest there is. Revoking all tokens of a user must last as long."""
 
 _COMPACT: Final = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)")
 # sub goes into X-User-Id and into Redis keys, sid and jti into channel messages: visible ASCII, bounded.
@@ -110,7 +112,8 @@ class TokenIssuer:
     ) -> IssuedToken:
         """A new token that lives `minutes`, or as long as the settings say. `now`: seconds since the epoch.
 
-        Raises ValueError for a `user_id` or `family` that is not 1 to 128 characters of visible ASCII.
+        Raises ValueError for a `user_id` or `family` that is not 1 to 128 characters of visible ASCII, and for
+        `minutes` outside 1 to LONGEST_LIFE_MINUTES.
         `jti` carries the moment in milliseconds (UUID version 7) because `iat` has whole seconds: a token
         issued in the second in which all earlier ones were revoked must be told from those.
         """
@@ -121,6 +124,8 @@ class TokenIssuer:
             )
         if _NAME.fullmatch(user_id) is None or _NAME.fullmatch(family) is None:
             raise ValueError("a user id must be 1 to 128 characters of visible ASCII")
+        if minutes is not None and not 1 <= minutes <= LONGEST_LIFE_MINUTES:
+            raise ValueError(f"a token lives 1 to {LONGEST_LIFE_MINUTES} minutes, not {minutes}")
         settings = self._settings
         token_id = nonces.timed_id(now)
         expires_at = int(now) + (self.access_seconds if minutes is None else minutes * 60)

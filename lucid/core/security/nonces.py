@@ -1,6 +1,5 @@
-"""Values that nobody can guess, from the system's generator, and the digests under which they are kept."""
+"""Values that nobody can guess, from the system's generator."""
 
-import hashlib
 import secrets
 import uuid
 
@@ -16,11 +15,6 @@ def challenge_nonce() -> str:
 def refresh_token() -> str:
     """256 bits as base64url without padding, 43 characters."""
     return secrets.token_urlsafe(32)
-
-
-def digest(secret: str) -> bytes:
-    """SHA-256 of a secret of 256 random bits: with that much entropy a slow hash adds nothing."""
-    return hashlib.sha256(secret.encode("utf-8")).digest()
 
 
 def new_id() -> str:

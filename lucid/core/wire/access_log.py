@@ -1,8 +1,9 @@
 """The one record of each exchange: plain counters, and a line of JSON for those worth a line.
 
-A failure always gets its line. Successes get theirs up to `SUCCESSES_PER_SECOND` per worker; beyond that they are
-counted, and the next line that is written says how many it stands for (`unlogged`). Lines are gathered and
-written twice a second in one call, so that a log never waits for a disk in the middle of a request.
+What the gateway or a backend failed at always gets its line. Successes and what a caller did wrong get theirs up to
+`LINES_PER_SECOND` per worker; beyond that they are counted, and the next line that is written says how many it stands
+for (`unlogged`). Lines are gathered and written twice a second in one call, so that a log never waits for a disk in
+the middle of a request.
 """
 
 import datetime as dt
@@ -13,9 +14,9 @@ from collections.abc import Callable
 
 import msgspec
 
-from lucid.core.exchange import Exchange
+from lucid.core.exchange import Exchange, Source
 
-SUCCESSES_PER_SECOND = 100
+LINES_PER_SECOND = 100
 LATENCY_BOUNDS_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 MAX_PENDING_LINES = 10_000
 NEWLINE = 0x0A
@@ -70,12 +71,13 @@ class AccessLog:
         counters.upstream_seconds += x.upstream_seconds
         counters.bytes_in += x.bytes_in
         counters.bytes_out += x.bytes_out
-        if status < 400 and x.failed_by is None:
+        if status < 500 and (x.failed_by is None or x.failed_by is Source.CALLER):
             second = int(now)
             if second != self._second:
                 self._second = second
                 self._written = 0
-            if self._written >= SUCCESSES_PER_SECOND:
+            # Callers can make as many of these as they like; what the gateway or a backend failed at is always told.
+            if self._written >= LINES_PER_SECOND:
                 self._unlogged += 1
                 return
             self._written += 1

@@ -56,7 +56,6 @@ CLOSE_SECONDS = 10.0
 """In which a caller must take some of the bytes that wait for it, once it has kept them waiting."""
 LINGER_SECONDS = 1.0
 LINGER_BYTES = 65_536
-MAX_OWN_BODY_BYTES = 65_536
 MAX_UNREAD_BYTES = 65_536
 WRITE_BUFFER_BYTES = 65_536
 NEVER = float("inf")
@@ -71,10 +70,6 @@ class Stage(enum.IntEnum):
     SWALLOW = 5
     LINGER = 6
     CLOSED = 7
-
-
-_HEAD, _FORWARD = Stage.HEAD, Stage.FORWARD
-_FORWARDING = Phase.FORWARD
 
 
 class Wire:
@@ -232,7 +227,8 @@ class Connection:
         if self._body is not None:
             self._abandon()
         elif self.exchange is not None or (self._full and self._buffer):
-            return True
+            # TLS has no half-close; asyncio would warn of each True, at a caller's will.
+            return self._out.get_extra_info("sslcontext") is None
         self._close()
         return False
 
@@ -348,6 +344,7 @@ class Connection:
         self._answering = False
         self._body = None
         self._left = 0
+        self._latest = NEVER
         try:
             self._advance(x)
         except Exception:
@@ -380,7 +377,8 @@ class Connection:
 
     def _wait_for(self, coroutine: Coroutine[Any, Any, None]) -> None:
         self._stage = Stage.NEED
-        self.deadline = NEVER
+        # Each need has a deadline of its own; a route's total is the exchange's.
+        self.deadline = self._latest
         self._need = asyncio.get_running_loop().create_task(coroutine)
 
     async def _meet(self, x: Exchange, need: LookUp | Lease) -> None:
@@ -425,7 +423,7 @@ class Connection:
         """Whether the body may go on; otherwise the exchange has ended here."""
         x.bytes_in += size
         if body.fault:
-            self._break_off(x, self._gateway.parse_refusal(Fault(400, body.fault)))
+            self._break_off(x, self._gateway.body_refusal(body.fault))
             return False
         if x.bytes_in > route.max_body:
             details = {"limit_bytes": route.max_body}
@@ -604,5 +602,10 @@ class Connection:
             self._refuse(x, self._gateway.parse_refusal(Fault(408, "the body did not arrive in time")))
         elif self._stage is Stage.CONTROL:
             self._expire_answer(x)
+        elif self._stage is Stage.NEED:
+            if self._need is not None:
+                self._need.cancel()
+                self._need = None
+            self._expire_forward(x)
         else:
             self._expire_forward(x)

@@ -30,6 +30,7 @@ WORKERS_KEY = "lucid:workers"
 STREAM_LENGTH = 4_096
 HEARTBEAT_SECONDS = 1.0
 DEAD_SECONDS = 5.0
+START_SECONDS = 1.0
 OUTBOX_LENGTH = 1_000
 ENTRIES_PER_READ = 256
 
@@ -75,6 +76,7 @@ class ControlChannel:
         self._attached = False
         self._beating = False
         self._first_beat = asyncio.Event()
+        self._first_load = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._workers: list[dict[str, Any]] = []
 
@@ -113,15 +115,23 @@ class ControlChannel:
         return list(self._workers)
 
     async def start(self) -> None:
-        """Announces this worker and begins to listen. Waits for Redis a second at most, and never fails."""
+        """Announces this worker, begins to listen, and has every `reload` called once. Never fails.
+
+        It waits a second at most: while Redis answers, a worker that serves afterwards knows what was said
+        before it came. Where Redis is away it knows nothing, and is told when Redis is back.
+        """
         if self._tasks:
             return
+        self._first_beat.clear()
+        self._first_load.clear()
         self._tasks = [
             asyncio.create_task(self._beat_always(), name="lucid control heartbeat"),
             asyncio.create_task(self._read_always(), name="lucid control reader"),
         ]
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._first_beat.wait(), 1.0)
+            async with asyncio.timeout(START_SECONDS):
+                await self._first_beat.wait()
+                await self._first_load.wait()
 
     async def stop(self) -> None:
         await end_tasks(self._tasks)
@@ -203,6 +213,7 @@ class ControlChannel:
                     verified = time.monotonic()
                 if self._to_reload:
                     await self._reload()
+                self._first_load.set()
                 await self._read()
                 if told:
                     _log.info("control channel: attached again")
@@ -216,6 +227,7 @@ class ControlChannel:
                     _log.exception("control channel: the reader failed and goes on")
                 told = True
             if told:
+                self._first_load.set()
                 self._attached = False
                 await asyncio.sleep(HEARTBEAT_SECONDS / 4)
 

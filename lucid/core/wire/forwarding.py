@@ -36,6 +36,8 @@ class Forwarding(Connection):
     # --- towards the backend --------------------------------------------------------------------------------
 
     def _forward(self, x: Exchange, route: Route) -> None:
+        total = route.timeouts.total
+        self._latest = x.started + total if total else NEVER
         pool = self._wire.backends[route.backend].choose()
         x.endpoint = pool.label
         # Spelled before a connection is taken: a fault in the spelling costs none.
@@ -87,7 +89,6 @@ class Forwarding(Connection):
         self._release()
         x.upstream_started = now = self._gateway.monotonic()
         timeouts = route.timeouts
-        self._latest = x.started + timeouts.total if timeouts.total else NEVER
         self.deadline = min(now + timeouts.head, self._latest) if timeouts.head else self._latest
         # Who is waited for: the backend, unless it is the caller's body that does not come.
         self._waited_for = length == 0 or (head.fields.expect is not None and head.minor == 1)

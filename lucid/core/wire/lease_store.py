@@ -31,7 +31,7 @@ from redis.exceptions import NoScriptError
 
 from lucid.core.exchange import Limit
 from lucid.core.rules.bucket import Answer, Call, KeyAnswer, Message, Op
-from lucid.core.rules.key_lease import RECALL_SECONDS, KeyLease
+from lucid.core.rules.key_lease import RECALL_STEPS_SECONDS, KeyLease
 from lucid.core.rules.leases import (
     Claim,
     Counters,
@@ -187,10 +187,11 @@ class LeaseStore:
             )
             self._pushing.add(pushing)
             pushing.add_done_callback(self._pushing.discard)
-        loop.call_later(RECALL_SECONDS, self._after_recall, leases)
+        for seconds in RECALL_STEPS_SECONDS:
+            loop.call_later(seconds, self._recall_step, leases)
 
-    def _after_recall(self, leases: list[KeyLease]) -> None:
-        self.leases.requeue(leases)
+    def _recall_step(self, leases: list[KeyLease]) -> None:
+        self.leases.recall_step(leases)
         self._awake.set()
 
     def _on_recall(self, body: Mapping[str, Any]) -> None:
@@ -230,7 +231,8 @@ class LeaseStore:
         self._task = None
         if not self.leases.away:
             with contextlib.suppress(TimeoutError, *FAILURES):
-                await asyncio.wait_for(self._return_all(), STOP_SECONDS)
+                async with asyncio.timeout(STOP_SECONDS):
+                    await self._return_all()
         self.leases.away = True
         self.leases.decide_waiting(self._clock())
 

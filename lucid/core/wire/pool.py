@@ -190,12 +190,12 @@ class Pool:
         if self._closed:
             upstream.abort()
             return
+        upstream.idle_since = self._monotonic()
         while self._waiting:
             waiter = self._waiting.popleft()
             if not waiter.done():
                 waiter.set_result(upstream)
                 return
-        upstream.idle_since = self._monotonic()
         self._idle.append(upstream)
 
     def give_back(self, upstream: Upstream) -> None:

@@ -109,11 +109,14 @@ class GatewayProtocol(Forwarding, HttpProtocol):
             self._http = None
             self._task = None
         if self.exchange is x:
+            if not x.status and http.response is not None:
+                x.status = http.response.status  # Sanic answered before it called anybody.
             if http.stage is not SanicStage.IDLE or not http.keep_alive:
                 self._keep_alive = False
             self._end(x)
 
     def _head_for_sanic(self, x: Exchange, length: int) -> bytes:
+        """All that Sanic is told. None of the caller's fields: what handlers may know is in the exchange."""
         head, target = x.head, x.target
         method = "GET" if head.method == "HEAD" else head.method
         connection = "keep-alive" if self._keep_alive and not self._must_close() else "close"
@@ -121,7 +124,7 @@ class GatewayProtocol(Forwarding, HttpProtocol):
         path = target.path.removesuffix("/") or "/"
         return (
             f"{method} {path}{target.query} HTTP/1.1\r\nhost: {head.host or 'localhost'}\r\n"
-            f"connection: {connection}\r\n{framing}{head.fields.forwarded}\r\n"
+            f"connection: {connection}\r\n{framing}\r\n"
         ).encode("latin-1")
 
     async def _handle(self, request: Any) -> None:

@@ -96,7 +96,8 @@ class _Inbox:
         self._upstream.send(data, done)
         if not self._writable.is_set():
             try:
-                await asyncio.wait_for(self._writable.wait(), seconds)
+                async with asyncio.timeout(seconds):
+                    await self._writable.wait()
             except TimeoutError:
                 raise httpx.WriteTimeout("the backend does not take the request's body") from None
 
@@ -125,7 +126,8 @@ class _Inbox:
             raise _as_httpx(self.failure)
         self._wake.clear()
         try:
-            await asyncio.wait_for(self._wake.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
         except TimeoutError:
             self.abort()
             raise httpx.ReadTimeout("the backend did not answer in time") from None
