@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from lucid.dev.embedded import Secantus, Valkey, free_port
-from tests.support.servers import SECRET, Backend, GatewayProcess, clean_environment, default_reply
+from tests.support.servers import SECRET, Backend, GatewayProcess, clean_environment, default_reply, own_redis
 from tests.support.wallet import Wallet
 
 
@@ -99,7 +99,7 @@ def door(
         "WORKERS": "2",
         "JWT_SECRET_KEY": SECRET,
         "LOG_FORMAT": "text",
-        "REDIS_URI": valkey.uri,
+        "REDIS_URI": own_redis(valkey),
         "MONGODB_URI": f"{secantus.uri.removesuffix('lucid')}{folder.name}",
         "RATE_LIMIT_PUBLIC": "100000",
         "RATE_LIMIT_LOGIN": "1000",

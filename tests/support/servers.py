@@ -5,6 +5,7 @@ Every server is a child of the test process, on a free port of the loopback inte
 
 import asyncio
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -309,8 +310,7 @@ def gateway(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable
         given = dict(env or {})
         if "REDIS_URI" not in given:
             server: Valkey = request.getfixturevalue("valkey")
-            _empty(server.port)
-            given["REDIS_URI"] = server.uri
+            given["REDIS_URI"] = own_redis(server)
         if "MONGODB_URI" not in given:
             name = f"test_{os.getpid()}_{time.monotonic_ns()}"
             given["MONGODB_URI"] = f"{request.getfixturevalue('secantus').uri.removesuffix('lucid')}{name}"
@@ -333,7 +333,15 @@ def gateway(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable
         process.stop()
 
 
-def _empty(port: int) -> None:
-    with socket.create_connection((LOOPBACK, port), timeout=5.0) as connection:
-        connection.sendall(b"FLUSHALL\r\n")
-        assert connection.recv(64) == b"+OK\r\n"
+_redis_numbers = itertools.cycle(range(16))
+
+
+def own_redis(server: Valkey) -> str:
+    """An empty database of the server: gateways that run side by side must not count into each other's keys."""
+    number = next(_redis_numbers)
+    with socket.create_connection((LOOPBACK, server.port), timeout=5.0) as connection:
+        connection.sendall(f"SELECT {number}\r\nFLUSHDB\r\n".encode())
+        answer = b""
+        while answer.count(b"+OK\r\n") < 2:
+            answer += connection.recv(64) or pytest.fail("Redis hung up")
+    return f"redis://{LOOPBACK}:{server.port}/{number}"
