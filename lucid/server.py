@@ -8,7 +8,7 @@ it is killed. What remains to do is little:
    socket. Connections that wait in its queue belong to all: a killed worker takes only its own with it.
 2. A socket pair joins the parent to each worker. The settings go down it, so that a worker that comes back
    runs what the others run; `ready` or `failed: why` comes up. Its end of file means death, both ways.
-3. A worker that dies is replaced at once, after a growing pause if it keeps dying young.
+3. A worker that dies is replaced at once, after a growing pause if it keeps dying young or cannot be started.
 4. SIGTERM or SIGINT: the parent closes its copy of the socket, so that the port is free as soon as the
    workers have closed theirs, and passes SIGTERM on once. After `STOP_SECONDS`, or a second signal, it kills.
 """
@@ -137,33 +137,59 @@ class _Supervisor:
         """One worker after another, until the stop."""
         pause = 0.0
         loop = asyncio.get_running_loop()
+        began = loop.time()
         while not self._stopping.is_set():
             born = loop.time()
-            end = await self._live(ready)
+            try:
+                worker, ours = await self._spawn()
+            except (OSError, RuntimeError) as error:
+                # No process, memory or descriptor to be had (RuntimeError: no thread, which asyncio waits with on
+                # 3.11). It passes, and it is no reason to end the workers that serve; only a start has an end.
+                end = f"no worker can be started: {getattr(error, 'strerror', None) or error}"
+                fatal = born - began > START_SECONDS and not any(each.is_set() for each in self._ready)
+                then = "it is tried again"
+            else:
+                end = await self._live(worker, ours, ready)
+                # Never served: the fault is in the settings or the code, and will not go away by itself.
+                fatal = not ready.is_set()
+                then = "another takes its place"
             if self._stopping.is_set():
                 return
-            if not ready.is_set():
-                # Never served: the fault is in the settings or the code, and will not go away by itself.
+            if fatal:
                 self._failure = self._failure or end
                 self._stopping.set()
                 return
             young = loop.time() - born < _YOUNG_SECONDS
             pause = min(max(0.1, pause * 2), _LONGEST_PAUSE_SECONDS) if young else 0.0
-            _log.error("%s; another takes its place", end)
+            _log.error("%s; %s", end, then)
             try:
                 await asyncio.wait_for(self._stopping.wait(), pause)
             except TimeoutError:
                 pass
 
-    async def _live(self, ready: asyncio.Event) -> str:
-        """The life of one worker; returns how it ended."""
+    async def _spawn(self) -> tuple[asyncio.subprocess.Process, socket.socket]:
+        """A new worker and our end of its socket. Raises OSError or RuntimeError, and then keeps neither."""
         ours, theirs = socket.socketpair()
-        with theirs:
-            # A group of its own: Ctrl-C at a terminal reaches the parent alone, which ends the workers once.
-            worker = await asyncio.create_subprocess_exec(
-                *self._command, stdin=theirs.fileno(), pass_fds=(self._listener.fileno(),), process_group=0
-            )
+        try:
+            with theirs:
+                # A group of its own: Ctrl-C at a terminal reaches the parent alone, which ends the workers once.
+                worker = await asyncio.create_subprocess_exec(
+                    *self._command,
+                    stdin=theirs.fileno(),
+                    pass_fds=(self._listener.fileno(),),
+                    process_group=0,
+                )
+        except BaseException:
+            # Should there be a process all the same, this end of file is its end.
+            ours.close()
+            raise
         self._workers.add(worker)
+        return worker, ours
+
+    async def _live(
+        self, worker: asyncio.subprocess.Process, ours: socket.socket, ready: asyncio.Event
+    ) -> str:
+        """The life of one worker; returns how it ended."""
         if self._stopping.is_set():
             # The others have been told. Never twice: a worker that drains has no handler any more.
             _send(worker, signal.SIGTERM)

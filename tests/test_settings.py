@@ -10,7 +10,8 @@ import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from lucid.core.exchange import Role
+from lucid.blueprints.access import own_routes
+from lucid.core.exchange import Limit, Role
 from lucid.settings import (
     EndpointSettings,
     LimitSettings,
@@ -19,9 +20,12 @@ from lucid.settings import (
     SettingsError,
     Timeouts,
     load_settings,
+    not_served,
 )
 from lucid.settings.checks import mask_uri, shown
 from lucid.settings.describe import columns, describe, route_rows
+from lucid.settings.environment import read
+from lucid.settings.limits import named_limits
 from tests.support.certificates import pem, self_signed
 
 KEY = {"JWT_SECRET_KEY": "k" * 32}
@@ -30,6 +34,11 @@ TRON = "TR7NHqjeKQxGTCi8q8ZY4pL8otSzgjLj6t"
 
 def load(**environ: str) -> Settings:
     return load_settings({**KEY, **environ})
+
+
+def parsed(**environ: str) -> Settings:
+    """What is read, whether it is served yet or not."""
+    return read({**KEY, **environ}, serve=True)
 
 
 def faults(environ: Mapping[str, str], *, serve: bool = True) -> list[str]:
@@ -69,7 +78,7 @@ def test_with_a_key_alone_the_platform_is_there() -> None:
 
 
 def test_everything_can_be_set() -> None:
-    settings = load(
+    settings = parsed(
         HOST="::1",
         PORT="80",
         METRICS_PORT="81",
@@ -257,6 +266,29 @@ def test_the_auth_service_may_not_issue_in_our_name() -> None:
     assert line.startswith("AUTH_SERVICE_ISSUERS: must not name JWT_ISSUER")
 
 
+@pytest.mark.parametrize("serve", [True, False])
+@pytest.mark.parametrize(
+    "name,value",
+    [("AUTH_SERVICE_URL", "http://auth:1"), ("REDIS_URI", "redis+cluster://a,b"), ("GATEWAY_CONFIG", "")],
+)
+def test_what_is_read_but_not_served_yet_is_a_fault(
+    name: str, value: str, serve: bool, tmp_path: Path
+) -> None:
+    if not value:
+        file = tmp_path / "g.toml"
+        file.write_text(row("/live", "websocket = true"))
+        value = str(file)
+    (line,) = faults({**KEY, name: value}, serve=serve)
+    assert line.startswith(f"{name}: ")
+    assert "must " in line
+    assert line.endswith("not served by this version yet")
+    assert not_served(parsed(**{name: value})) == [line]
+
+
+def test_no_message_offers_what_is_not_served() -> None:
+    assert "cluster" not in fault(REDIS_URI="redis:6379")
+
+
 # --- keys -----------------------------------------------------------------------------------------
 
 
@@ -382,7 +414,7 @@ def row(path: str, more: str = "") -> str:
 
 def test_the_file_adds_to_the_platform(file: Path) -> None:
     file.write_text(REPORTS)
-    settings = load(GATEWAY_CONFIG=str(file))
+    settings = parsed(GATEWAY_CONFIG=str(file))
     reports = settings.backends[-1]
     assert [endpoint.label for endpoint in reports.endpoints] == [
         "http://10.0.0.5:9000",
@@ -569,7 +601,7 @@ def test_a_refused_value_stays_on_one_short_line() -> None:
 
 def test_the_route_table_shows_what_a_row_does(file: Path) -> None:
     file.write_text(REPORTS)
-    table = columns(route_rows(load(GATEWAY_CONFIG=str(file))))
+    table = columns(route_rows(parsed(GATEWAY_CONFIG=str(file))))
     (line,) = [line for line in table.splitlines() if "reports" in line]
     for part in (
         "GET,POST",
@@ -580,3 +612,28 @@ def test_the_route_table_shows_what_a_row_does(file: Path) -> None:
         "deny 10.1.0.0/16",
     ):
         assert part in line
+
+
+def test_the_gateways_own_rows_are_in_the_table_by_path(file: Path) -> None:
+    limits = named_limits(load(RATE_LIMIT_LOGIN="3").rates)
+    rows = route_rows(load(), own_routes(limits))[1:]
+    assert [row[0] for row in rows] == sorted(row[0] for row in rows)
+    table = {row[0]: row for row in rows}
+    assert len(table) == 5 + len(own_routes(limits))
+    assert table["/api/v1/auth/login"][1:6] == (
+        "POST",
+        "public",
+        "gateway",
+        "64KB",
+        "login 3/60s per address",
+    )
+    assert table["/api/v1/rate-limits/*/*"][1:4] == ("DELETE,GET", "admin", "gateway")
+    assert table["/health"][-1] == "not counted"
+
+
+def test_the_named_limits_are_those_that_are_on() -> None:
+    rates = load(RATE_LIMIT_PUBLIC="off", RATE_LIMIT_LOGIN="3", RATE_LIMIT_WINDOW_SECONDS="9").rates
+    limits = named_limits(rates)
+    assert sorted(limits) == ["admin", "authenticated", "chain", "login", "refresh"]
+    assert limits["login"] == Limit("login", 3, 9, "safe", "address")
+    assert limits["chain"].per == "user"

@@ -16,7 +16,6 @@ a half-open breaker has few trial permits, and a request that is about to be ref
 No clock, no I/O, no randomness here: `now` is monotonic seconds, and the sources are injected.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
@@ -40,9 +39,12 @@ from lucid.core.rules.cors import Cors
 from lucid.core.rules.framing import Fields
 from lucid.core.rules.keys import KeyMemory
 from lucid.core.rules.leases import Claim, Leases, LimitSet, Take
+from lucid.core.rules.refusals import over_limit
 from lucid.core.rules.routes import MethodNotAllowed, Route, RouteTable
 from lucid.core.rules.targets import Target, canonical
 from lucid.core.rules.tokens import TokenMemory
+from lucid.core.security.api_keys import digest as key_digest
+from lucid.core.security.api_keys import is_api_key
 from lucid.errors import ErrorCode
 
 LONGEST_REMEMBERED = 256
@@ -175,14 +177,17 @@ class Policy:
                 else:
                     fault = known
         elif fields.api_key is not None:
-            digest = hashlib.sha256(fields.api_key.encode("latin-1")).digest()
-            answer = self._keys.get(digest, now)
-            if answer is None:
-                return LookUp(digest)
-            if isinstance(answer, Principal):
-                principal = answer
+            if not is_api_key(fields.api_key):
+                fault = ErrorCode.BAD_CREDENTIAL  # Nothing of another shape was ever given out.
             else:
-                fault = answer
+                digest = key_digest(fields.api_key)
+                answer = self._keys.get(digest, now)
+                if answer is None:
+                    return LookUp(digest)
+                if isinstance(answer, Principal):
+                    principal = answer
+                else:
+                    fault = answer
         if principal is None:
             x.principal = self._public(x.address)
             if fault is ErrorCode.TWO_CREDENTIALS:
@@ -215,7 +220,7 @@ class Policy:
                     return Lease(claim)
                 admitted = take is _ADMITTED
             if not admitted:
-                return self._limited(claim, now)
+                return over_limit(claim, now, self._jitter())
         if x.pending is not None:
             x.phase = _AUTHENTICATE
         return x.pending
@@ -230,15 +235,6 @@ class Policy:
             limit_set = self._limit_sets[key] = LimitSet((tier, *limits) if tier is not None else limits)
         address = principal.identifier if principal.role is _PUBLIC else identifier(x.address)
         return self._leases.claim(limit_set, principal.identifier, address)
-
-    def _limited(self, claim: Claim, now: float) -> Refusal:
-        limit = claim.tightest(now)
-        wait_seconds = math.ceil(claim.retry_after(now) + self._jitter())
-        return Refusal(
-            ErrorCode.RATE_LIMITED,
-            details={"limit": limit.requests, "window_seconds": limit.window_seconds, "name": limit.name},
-            fields=(("Retry-After", str(max(1, wait_seconds))),),
-        )
 
     # --- guard -----------------------------------------------------------------------------------------
 

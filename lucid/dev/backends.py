@@ -33,7 +33,10 @@ class Bounded(OrderedDict[str, Any]):
     def __setitem__(self, key: str, value: Any) -> None:
         super().__setitem__(key, value)
         if len(self) > _MOST_ENTRIES:
-            self.popitem(last=False)
+            self.forget_oldest()
+
+    def forget_oldest(self) -> None:
+        self.popitem(last=False)
 
 
 def chain() -> Blueprint:
@@ -89,12 +92,28 @@ class _Recording:
         return [_chunk(number, data) for number, data in sorted(self.chunks.items())]
 
 
+class Recordings(Bounded):
+    """The recordings by session; the oldest are forgotten once there are too many, or too many bytes in them."""
+
+    stored_bytes = 0
+
+    def keep(self, recording: _Recording, number: int, data: bytes) -> None:
+        """Puts a chunk into one of the recordings."""
+        self.stored_bytes += len(data) - len(recording.chunks.get(number, b""))
+        recording.chunks[number] = data
+        while self.stored_bytes > _MOST_CHUNK_BYTES:
+            self.forget_oldest()
+
+    def forget_oldest(self) -> None:
+        _, oldest = self.popitem(last=False)
+        self.stored_bytes -= sum(map(len, oldest.chunks.values()))
+
+
 def sessions() -> Blueprint:
     """Session management: chunks, manifest and pipeline of recorded sessions. The first writer owns them."""
     app = Blueprint("sessions")
-    recordings = Bounded()
+    recordings = Recordings()
     base = "/api/v1/sessions/<session>"
-    stored_bytes = 0
 
     def find(request: Request, session: str) -> _Recording:
         recording = recordings.get(session)
@@ -105,7 +124,6 @@ def sessions() -> Blueprint:
     @app.put(base + "/chunks/<number:int>", stream=True, name="replace")
     @app.post(base + "/chunks/<number:int>", stream=True, name="store")
     async def store(request: Request, session: str, number: int) -> Answer:
-        nonlocal stored_bytes
         data = bytearray()
         while True:
             piece = await request.stream.read()  # type: ignore[union-attr]
@@ -115,11 +133,7 @@ def sessions() -> Blueprint:
         recording = recordings.get(session) or _Recording(_user(request))
         recordings[session] = recording
         recording = find(request, session)
-        stored_bytes += len(data) - len(recording.chunks.get(number, b""))
-        recording.chunks[number] = bytes(data)
-        while stored_bytes > _MOST_CHUNK_BYTES:
-            _, oldest = recordings.popitem(last=False)
-            stored_bytes -= sum(map(len, oldest.chunks.values()))
+        recordings.keep(recording, number, bytes(data))
         status = 201 if request.method == "POST" else 200
         return response.json(_chunk(number, bytes(data)), status, {"location": request.path})
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from lucid.dev.embedded import LOOPBACK, EmbeddedError, EmbeddedServer, Secantus, Valkey, leashed
 from lucid.server import StartError, bind, serve
-from lucid.settings import Settings, SettingsError, load_settings, not_served
+from lucid.settings import Settings, load_settings
 
 DEFAULT_DATA = Path(".lucid")
 _SECRET_FILE = "jwt_secret"  # noqa: S105  the name of the file
@@ -43,8 +43,6 @@ def run(environ: Mapping[str, str], *, host: str, port: int, workers: int, data:
         env["METRICS_PORT"] = str(_metrics_port(env["PORT"]))
     env = with_kept_secret(env, data, make=True)
     settings = load_settings(env)  # Before anything is started: a fault is cheap here.
-    if faults := not_served(settings):
-        raise SettingsError(faults)
 
     def on_sigterm(*_: object) -> None:
         raise KeyboardInterrupt

@@ -10,12 +10,12 @@ import datetime as dt
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import msgspec
 
 from lucid.core.exchange import ROLES, Principal, Role
-from lucid.core.rules.leases import Claim
+from lucid.core.rules.refusals import ClaimHolder
 from lucid.core.rules.tokens import TokenMemory
 from lucid.core.security import api_keys as keys
 from lucid.core.security import nonces, tron
@@ -32,13 +32,6 @@ from lucid.services.look_ups import LookUps
 from lucid.services.revocations import Revocation, Revocations, of_user
 from lucid.services.user_service import effective_role
 from lucid.settings import TokenSettings
-
-
-class ClaimHolder(Protocol):
-    """What an answer's RateLimit fields are taken from: the exchange."""
-
-    claim: Claim | None
-
 
 Charge = Callable[[str, str, ClaimHolder | None], Awaitable[None]]
 """(limit name, identifier, whose answer shall show it): charge one request; raises GatewayError RATE_LIMITED
@@ -350,8 +343,7 @@ class AuthService:
         return True
 
     def _until(self, expires_at: float) -> float:
-        """When no token of one login can be good any more: a token's life from now, or this one's if longer.
-        """
+        """When no token of one login can be good any more: a token's life from now, or this one's if longer."""
         newest = self._wall_clock() + self._issuer.access_seconds
         return max(newest, expires_at) + self._settings.leeway_seconds + 1.0
 

@@ -7,19 +7,16 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import msgspec
 
 from lucid.core.exchange import Limit, Principal
 from lucid.core.rules.addresses import identifier as address_identifier
 from lucid.core.rules.leases import Claim, LimitSet, Standing
-from lucid.core.rules.refusals import over_limit
+from lucid.core.rules.refusals import ClaimHolder, over_limit
 from lucid.core.wire.lease_store import LeaseStore, StoreAwayError
 from lucid.errors import ErrorCode, GatewayError, away
-
-if TYPE_CHECKING:
-    from lucid.services.auth_service import ClaimHolder
 
 _audit: Final = logging.getLogger("lucid.audit")
 
@@ -105,7 +102,7 @@ class RateLimitService:
         fields = {"event": "limit_reset", "user_id": by.user_id, "limit": name, "identifier": identifier}
         _audit.info("limit_reset", extra={"audit": fields})
 
-    async def charge(self, name: str, identifier: str, exchange: "ClaimHolder | None" = None) -> None:
+    async def charge(self, name: str, identifier: str, exchange: ClaimHolder | None = None) -> None:
         """Charge one request to a named limit; a limit that is off charges nothing. Raises RATE_LIMITED.
 
         The limit joins those that `exchange` was charged to already, so that the answer's fields list all.

@@ -147,12 +147,16 @@ class SettingsError(Exception):
 def load_settings(environ: Mapping[str, str], *, serve: bool = True) -> Settings:
     """The settings that `environ` and the file that it may name (`GATEWAY_CONFIG`) give.
 
-    `serve`: a key is demanded, as nothing can be verified without one. Raises SettingsError with all faults.
+    `serve`: a key is demanded, as nothing can be verified without one. Raises SettingsError with all faults, those
+    of `not_served` among them: what is not served is refused by every command alike.
     """
     # The reader knows the route table, which knows these structs.
     from lucid.settings.environment import read
 
-    return read(environ, serve=serve)
+    settings = read(environ, serve=serve)
+    if faults := not_served(settings):
+        raise SettingsError(faults)
+    return settings
 
 
 def not_served(settings: Settings) -> list[str]:

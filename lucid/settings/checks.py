@@ -103,7 +103,7 @@ def origin(text: str) -> str:
 def redis_uri(text: str) -> str:
     if not _REDIS.fullmatch(text):
         raise ValueError(
-            "must be redis://host:port/db, rediss://..., unix:///path, redis+cluster://a,b,c or redis+sentinel://a,b/master/0"
+            "must be redis://host:port/db, rediss://..., unix:///path or redis+sentinel://a,b/master/0"
         )
     return text
 

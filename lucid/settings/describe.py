@@ -1,8 +1,10 @@
 """The settings for people: what `lucid check` and `lucid routes` print. Secrets are masked here, once."""
 
 import os
+from collections.abc import Iterable
 
-from lucid.settings import LimitSettings, RouteSettings, Settings
+from lucid.core.rules.routes import Route
+from lucid.settings import RouteSettings, Settings
 from lucid.settings.checks import mask_uri
 
 _UNITS = (("GB", 1024**3), ("MB", 1024**2), ("KB", 1024))
@@ -63,8 +65,8 @@ def describe(settings: Settings) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if value]
 
 
-def route_rows(settings: Settings) -> list[tuple[str, ...]]:
-    """The route table with a heading, one tuple per row, by path."""
+def route_rows(settings: Settings, own: Iterable[Route] = ()) -> list[tuple[str, ...]]:
+    """The route table with a heading, one tuple per row, by path. `own`: what the gateway answers itself."""
     rows = [
         (
             route.path,
@@ -72,11 +74,29 @@ def route_rows(settings: Settings) -> list[tuple[str, ...]]:
             route.access.label,
             route.backend,
             _size(route.max_body),
-            ",".join(map(_route_limit, route.limits)) or "-",
+            ",".join(_route_limit(each.name, each.requests, each.window, each.per) for each in route.limits)
+            or "-",
             ",".join(_options(route)) or "-",
         )
-        for route in sorted(settings.routes, key=lambda route: route.path)
+        for route in settings.routes
     ]
+    rows += [
+        (
+            route.pattern,
+            # GET implies HEAD here as in the file's rows, which do not spell it out either.
+            ",".join(sorted((route.methods or frozenset()) - {"HEAD"})) or "all",
+            route.access.label,
+            "gateway",
+            _size(route.max_body),
+            ",".join(
+                _route_limit(each.name, each.requests, each.window_seconds, each.per) for each in route.limits
+            )
+            or "-",
+            "-" if route.counted else "not counted",
+        )
+        for route in own
+    ]
+    rows.sort(key=lambda row: row[0])
     return [("path", "methods", "access", "backend", "max body", "limits", "options"), *rows]
 
 
@@ -97,8 +117,8 @@ def _options(route: RouteSettings) -> list[str]:
     ]
 
 
-def _route_limit(limit: LimitSettings) -> str:
-    return f"{limit.name} {limit.requests}/{limit.window}s per {limit.per}"
+def _route_limit(name: str, requests: int, window_seconds: int, per: str) -> str:
+    return f"{name} {requests}/{window_seconds}s per {per}"
 
 
 def _limit(requests: int) -> str:

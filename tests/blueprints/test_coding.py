@@ -5,6 +5,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from lucid.blueprints.access import MAX_BODY_BYTES
 from lucid.blueprints.auth import (
     ChallengeBody,
     LogoutBody,
@@ -12,7 +13,6 @@ from lucid.blueprints.auth import (
     VerifyBody,
     WalletLoginBody,
 )
-from lucid.blueprints.access import MAX_BODY_BYTES
 from lucid.blueprints.coding import Body, keys_of
 from lucid.core.validation import checked_address, is_user_id
 from lucid.errors import ErrorCode, GatewayError

@@ -14,6 +14,8 @@ from lucid.errors import ErrorCode, GatewayError
 from tests.support.talks import ANSWERED, GET, LOST, OK
 from tests.support.wire import ALICE, PEER, Caller, World, in_loop
 
+KEY = "lucid_" + "k" * 43
+
 
 def get(path: str, *fields: str) -> bytes:
     return "".join(f"{line}\r\n" for line in (f"GET {path} HTTP/1.1", "Host: gw", *fields, "")).encode()
@@ -62,14 +64,14 @@ HIS_OWN = [
     [
         ("", []),
         ("Authorization: Bearer alice", ["alice"]),
-        ("X-API-Key: k", ["alice"]),
+        (f"X-API-Key: {KEY}", ["alice"]),
         ("X-API-Key: bad", []),
     ],
 )
 @in_loop
 async def test_identity_is_ours_to_tell(credential: str, who: list[str]) -> None:
     world = World()
-    world.keys[hashlib.sha256(b"k").digest()] = ALICE
+    world.keys[hashlib.sha256(KEY.encode()).digest()] = ALICE
     lines = await asked(*HIS_OWN, "X-Kept: 1", *filter(None, [credential]), world=world)
     assert values(lines, "x-user-id") == who
     assert values(lines, "x-user-role") == ["user" for _ in who]
@@ -274,7 +276,7 @@ INVALID = {"www-authenticate": 'Bearer realm="lucid", error="invalid_token"'}
             {"www-authenticate": 'Bearer realm="lucid", error="invalid_token"'},
         ),
         (get("/admin/a", "Authorization: Bearer alice"), 403, "2004", {}),
-        (get("/user/a", "Authorization: Bearer alice", "X-API-Key: k"), 400, "2008", {}),
+        (get("/user/a", "Authorization: Bearer alice", f"X-API-Key: {KEY}"), 400, "2008", {}),
         (get("/open/%00"), 400, "1001", {}),
     ],
 )
@@ -382,15 +384,15 @@ async def test_a_preflights_answer_has_a_date() -> None:
 @in_loop
 async def test_a_key_is_looked_up_and_remembered() -> None:
     world = World()
-    world.keys[hashlib.sha256(b"k").digest()] = ALICE
+    world.keys[hashlib.sha256(KEY.encode()).digest()] = ALICE
     caller = Caller(world, PEER)
     for _ in range(2):
-        await caller.send(get("/user/a", "X-API-Key: k"))
+        await caller.send(get("/user/a", f"X-API-Key: {KEY}"))
         world.upstreams[0].deliver(OK)
     assert caller.log.text == 2 * ANSWERED
     assert len(world.looked_up) == 1
     await world.advance(11.0)
-    await caller.send(get("/user/a", "X-API-Key: k"))
+    await caller.send(get("/user/a", f"X-API-Key: {KEY}"))
     assert len(world.looked_up) == 2
     world.upstreams[0].deliver(OK)
     world.check()
@@ -406,9 +408,9 @@ async def test_a_key_is_looked_up_and_remembered() -> None:
 @in_loop
 async def test_a_look_up_that_fails(error: Exception, told: str, code: str, caplog: Any) -> None:
     world = World()
-    world.keys[hashlib.sha256(b"k").digest()] = error  # type: ignore[assignment]
+    world.keys[hashlib.sha256(KEY.encode()).digest()] = error  # type: ignore[assignment]
     caller = Caller(world, PEER)
-    await caller.send(get("/user/a", "X-API-Key: k") + LOST)
+    await caller.send(get("/user/a", f"X-API-Key: {KEY}") + LOST)
     assert caller.log.heads[0][""].startswith(f"HTTP/1.1 {told}")
     assert caller.log.heads[0].get("retry-after") == ("5" if told == "503" else None)
     assert f"<LUCID_ERR_{code}>" in caller.log.text
@@ -421,9 +423,9 @@ async def test_a_look_up_that_fails(error: Exception, told: str, code: str, capl
 @in_loop
 async def test_what_arrives_while_a_need_is_met_waits_its_turn() -> None:
     world = World()
-    world.keys[hashlib.sha256(b"k").digest()] = ALICE
+    world.keys[hashlib.sha256(KEY.encode()).digest()] = ALICE
     caller = Caller(world, PEER)
-    caller.transport.deliver(get("/user/a", "X-API-Key: k"))
+    caller.transport.deliver(get("/user/a", f"X-API-Key: {KEY}"))
     caller.transport.deliver(GET)
     assert world.backend.text == ""
     await world.settle()

@@ -95,7 +95,7 @@ class Court:
 
     def meet(self, x: Exchange, need: Verdict) -> None:
         if isinstance(need, LookUp):
-            answers = {hashlib.sha256(key.encode()).digest(): known for key, known in KEYS.items()}
+            answers = {hashlib.sha256(shaped(name).encode()).digest(): known for name, known in KEYS.items()}
             self.keys.put(need.digest, answers.get(need.digest, ErrorCode.BAD_CREDENTIAL), self.now)
         else:
             assert isinstance(need, Lease)
@@ -131,8 +131,13 @@ def bearer(token: str) -> str:
     return f"Authorization: Bearer {token}"
 
 
+def shaped(text: str) -> str:
+    """As keys are shaped: what is shaped otherwise is not even looked up."""
+    return f"lucid_{text:0<43}"
+
+
 def key(text: str) -> str:
-    return f"X-API-Key: {text}"
+    return f"X-API-Key: {shaped(text) if text else ''}"
 
 
 # --- what counts against limits (the contract's section of that name) -------------------------------------
@@ -372,7 +377,7 @@ def test_a_key_is_looked_up_once_and_judging_goes_on_where_it_stopped() -> None:
     court = Court()
     x = court.exchange("GET /user/a", key("good"))
     need = court.judge(x)
-    assert need == LookUp(hashlib.sha256(b"good").digest())
+    assert need == LookUp(hashlib.sha256(shaped("good").encode()).digest())
     assert x.phase is Phase.AUTHENTICATE
     assert court.judge(x) == need, "not met, so asked for again"
     assert court.charged == {}
@@ -381,6 +386,15 @@ def test_a_key_is_looked_up_once_and_judging_goes_on_where_it_stopped() -> None:
     assert x.principal == KEYS["good"]
     assert court.charged == {"rate_limit:authenticated:alice": 1}
     assert court.judge(court.exchange("GET /user/a", key("good"))) is None
+
+
+def test_a_key_of_another_shape_is_not_even_looked_up() -> None:
+    court = Court()
+    for text in ("zzz", "lucid_short", "lucid_" + "0" * 44, "Lucid_" + "0" * 43):
+        x = court.exchange("GET /user/a", f"X-API-Key: {text}")
+        assert not isinstance(court.judge(x), LookUp)
+        assert x.pending is not None
+        assert x.pending.code is ErrorCode.BAD_CREDENTIAL
 
 
 def test_a_bad_key_is_remembered_too() -> None:

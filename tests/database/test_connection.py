@@ -70,6 +70,7 @@ def test_errors_become_ours() -> None:
         ):
             assert code_of(connection, error).code is ErrorCode.DEPENDENCY_AWAY
             assert code_of(connection, error).details == {"dependency": "mongodb"}
+            assert code_of(connection, error).fields == (("Retry-After", "5"),)
         with pytest.raises(KeyError), connection.border():
             raise KeyError("ours")
         connection.close()

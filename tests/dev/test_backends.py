@@ -115,3 +115,21 @@ def test_what_they_keep_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in "abc":
         kept[name] = name
     assert list(kept) == ["b", "c"]
+
+
+def test_forgotten_chunks_no_longer_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever bound it is that makes a session go: a count that drifted would in the end evict everything."""
+    monkeypatch.setattr(backends, "_MOST_ENTRIES", 3)
+    monkeypatch.setattr(backends, "_MOST_CHUNK_BYTES", 100)
+    recordings = backends.Recordings()
+    for round_ in range(200):
+        recording = backends._Recording("alice")
+        recordings[f"session-{round_}"] = recording
+        recordings.keep(recording, 0, bytes(30))
+        recordings.keep(recording, 0, bytes(10 if round_ % 7 else 60))
+        held = [len(data) for each in recordings.values() for data in each.chunks.values()]
+        assert recordings.stored_bytes == sum(held) <= 100
+        assert list(recordings)[-1] == f"session-{round_}"
+    # Alone too big for the bound, it goes as well, and leaves nothing behind.
+    recordings.keep(recording, 1, bytes(101))
+    assert (len(recordings), recordings.stored_bytes) == (0, 0)

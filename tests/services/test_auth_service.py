@@ -12,14 +12,17 @@ import msgspec
 import pytest
 
 from lucid.core.exchange import Principal, Role
+from lucid.core.rules.tokens import TokenMemory
 from lucid.core.security import api_keys, nonces
+from lucid.core.security.jwt import LONGEST_LIFE_MINUTES, TokenVerifier
 from lucid.core.security.roles import PERMISSIONS
 from lucid.core.validation import HardwareWalletText
 from lucid.database.documents import ApiKeyDocument
 from lucid.errors import ErrorCode, GatewayError
 from lucid.services.auth_service import Caller, TokenPair, TokenReport
 from lucid.services.challenges import MAX_OUTSTANDING
-from lucid.services.revocations import KEY
+from lucid.services.look_ups import MOST_AT_ONCE, MOST_WAITING
+from lucid.services.revocations import KEY, USERS_KEY, Revocation, Revocations, of_user
 from lucid.settings import TokenSettings
 from tests.support.stores import MongoChild, RedisChild
 from tests.support.wallet import Wallet
@@ -511,6 +514,46 @@ def test_a_token_that_lives_longer_is_revoked_as_long(run: Run) -> None:
     run(test)
 
 
+def test_all_logins_ends_the_longest_token_there_is_for_all_its_life(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        pair = await a.login(Wallet.generate())
+        user_id = pair.user.user_id
+
+        def minted() -> str:
+            return a.auth._issuer.issue(
+                user_id=user_id,
+                role=Role.ADMIN,
+                family="by-hand",
+                now=fleet.now,
+                minutes=LONGEST_LIFE_MINUTES,
+            ).token
+
+        old = minted()
+        fleet.now += 1
+        await a.auth.logout(a.judge(pair.access_token), True, CALLER)
+        fleet.now += 1
+        await a.revocations.revoke(of_user(user_id, fleet.now))
+        await b.revocations.revoke(of_user(user_id, fleet.now - 1))
+        # However often: one entry a user, since it stays so long; of several moments the latest.
+        assert await a.redis.zrange(USERS_KEY, 0, -1, withscores=True) == [(user_id.encode(), fleet.now)]
+        fleet.now += 1
+        young = minted()
+        fleet.now += LONGEST_LIFE_MINUTES * 60 - 10
+        # Enough others that memories are swept.
+        for batch in (range(900), range(900, 1_800)):
+            await a.revocations.revoke(*(Revocation(family=f"f{n}", until=fleet.now + 1) for n in batch))
+        late = TokenMemory(TokenVerifier(SETTINGS, fleet.wall_clock).verify, fleet.wall_clock, 10)
+        await Revocations(a.redis, late, fleet.publish, fleet.wall_clock).load_revocations()
+        for memory in (a.memory, b.memory, late):
+            assert memory.principal(old, fleet.now) is ErrorCode.BAD_CREDENTIAL
+            assert isinstance(memory.principal(young, fleet.now), Principal)
+        fleet.now += 2 * 3_600
+        await a.revocations.revoke(Revocation(family="last", until=fleet.now + 1))
+        assert await a.redis.zcard(USERS_KEY) == 0
+
+    run(test)
+
+
 def test_messages_that_make_no_sense_are_passed_over(run: Run) -> None:
     async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
         pair = await a.login(Wallet.generate())
@@ -613,6 +656,35 @@ def test_api_keys_act_as_their_owner_within_both_roles(run: Run) -> None:
     run(test)
 
 
+def test_a_flood_of_api_keys_keeps_few_connections_busy(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        find, busy, most, calls = a.api_keys.find_by_digest, 0, 0, 0
+
+        async def counted(digest: bytes, now: dt.datetime) -> ApiKeyDocument | None:
+            nonlocal busy, most, calls
+            busy, calls = busy + 1, calls + 1
+            most = max(most, busy)
+            try:
+                return await find(digest, now)
+            finally:
+                busy -= 1
+
+        a.api_keys.find_by_digest = counted  # type: ignore[method-assign]
+        same = await asyncio.gather(*(a.auth.look_up_api_key(bytes(32)) for _ in range(500)))
+        assert (set(same), calls) == ({ErrorCode.BAD_CREDENTIAL}, 1)
+        outcomes = Counter(
+            await asyncio.gather(*(outcome(a.auth.look_up_api_key(b"%032d" % n)) for n in range(500)))
+        )
+        assert outcomes == {
+            ErrorCode.BAD_CREDENTIAL: MOST_AT_ONCE + MOST_WAITING,
+            ErrorCode.DEPENDENCY_AWAY: 500 - MOST_AT_ONCE - MOST_WAITING,
+        }
+        assert most == MOST_AT_ONCE
+        assert await a.auth.look_up_api_key(b"%032d" % 499) is ErrorCode.BAD_CREDENTIAL
+
+    run(test)
+
+
 # ---- without its stores, and its log
 
 
@@ -646,9 +718,10 @@ def test_without_redis_or_mongodb(
             assert isinstance(principal, Principal)
             await refused(away, no_mongo.auth.logout(principal, False, CALLER))
             assert isinstance(no_mongo.judge(pair.access_token), Principal)
-            # Without Redis the login has ended, and this worker at least knows it.
-            await refused(away, no_redis.auth.logout(principal, False, CALLER))
+            # Without Redis the login ends all the same: this worker refuses, the others are sent the message.
+            await no_redis.auth.logout(principal, False, CALLER)
             assert no_redis.judge(pair.access_token) is ErrorCode.BAD_CREDENTIAL
+            assert [body["family"] for body in fleet.published] == [principal.family]
             await refused(ErrorCode.BAD_CREDENTIAL, a.auth.refresh(pair.refresh_token, CALLER))
 
             # The challenge outlived the outages.

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import redis.asyncio
 
+from lucid.core.rules.refusals import ClaimHolder
 from lucid.core.rules.tokens import TokenMemory
 from lucid.core.security.jwt import TokenIssuer, TokenVerifier
 from lucid.database.api_key_repository import ApiKeyRepository
@@ -16,9 +17,9 @@ from lucid.database.indexes import Indexes
 from lucid.database.refresh_token_repository import RefreshTokenRepository
 from lucid.database.user_repository import UserRepository
 from lucid.errors import ErrorCode, GatewayError
-from lucid.services.auth_service import AuthService, Caller, ClaimHolder, TokenPair
+from lucid.services.auth_service import AuthService, Caller, TokenPair
 from lucid.services.challenges import Challenges
-from lucid.services.revocations import Revocations
+from lucid.services.revocations import Publish, Revocations
 from lucid.services.user_service import UserService
 from lucid.settings import TokenSettings
 from tests.support.wallet import Wallet
@@ -65,6 +66,7 @@ class Worker:
         redis_uri: str,
         settings: TokenSettings = SETTINGS,
         admins: frozenset[str] = frozenset(),
+        publish: Publish | None = None,
     ) -> None:
         self.fleet = fleet
         self.connection = Connection(mongodb_uri)
@@ -80,7 +82,7 @@ class Worker:
         self.refresh_tokens = RefreshTokenRepository(self.connection)
         self.api_keys = ApiKeyRepository(self.connection, indexes)
         self.challenges = Challenges(self.redis, ORIGIN, fleet.wall_clock)
-        self.revocations = Revocations(self.redis, self.memory, fleet.publish, fleet.wall_clock)
+        self.revocations = Revocations(self.redis, self.memory, publish or fleet.publish, fleet.wall_clock)
         self.auth = AuthService(
             users=self.users,
             refresh_tokens=self.refresh_tokens,

@@ -11,7 +11,7 @@ import pytest
 from lucid.core.exchange import Exchange, Phase, Role, Source
 from lucid.core.rules.framing import Head, Memo, parse_head
 from lucid.core.rules.routes import Route
-from lucid.core.wire.access_log import MAX_PENDING_LINES, LINES_PER_SECOND, AccessLog, write_to
+from lucid.core.wire.access_log import LINES_PER_SECOND, MAX_PENDING_LINES, AccessLog, write_to
 from lucid.errors import ErrorCode
 from tests.support.wire import ALICE
 

@@ -1,10 +1,17 @@
-"""What a caller is told who is over a limit: the same words whoever found it out."""
+"""What a caller is told who is over a limit: the same words whoever found it out, policy or service."""
 
 import math
+from typing import Protocol
 
 from lucid.core.exchange import Refusal
 from lucid.core.rules.leases import Claim
 from lucid.errors import ErrorCode
+
+
+class ClaimHolder(Protocol):
+    """What an answer's RateLimit fields are taken from: the exchange."""
+
+    claim: Claim | None
 
 
 def over_limit(claim: Claim, now: float, jitter: float) -> Refusal:

@@ -1,8 +1,8 @@
 """The one control channel between all workers of all pods, and the one registry of workers; both in Redis.
 
 *Channel.* A stream: its ids are the versions. A worker that was away reads on from the last id it saw.
-Continuity is proven, not assumed: while the last id seen lies between the stream's oldest and newest entry,
-nothing was missed; otherwise (trimmed meanwhile, flushed, restored from an older copy, first attached) every
+Continuity is proven, not assumed: while the entry seen last is still in the stream, nothing was missed;
+otherwise (trimmed meanwhile, flushed, restored from an older copy, first attached) every
 subscriber's `reload` is called, after the new position was taken, so that nothing falls in between. A message
 may come twice, when the fate of its sending was unknown: handlers must not mind.
 
@@ -50,11 +50,6 @@ Reload = Callable[[], Awaitable[None]]
 _log = logging.getLogger("lucid.control")
 _encode = msgspec.json.Encoder().encode
 _decode_body = msgspec.json.Decoder(dict[str, Any]).decode
-
-
-def _version(entry_id: bytes) -> tuple[int, int]:
-    milliseconds, _, number = entry_id.partition(b"-")
-    return int(milliseconds), int(number)
 
 
 class ControlChannel:
@@ -233,19 +228,22 @@ class ControlChannel:
 
     async def _attach(self) -> None:
         """Proves continuity, or takes a new position and has everything reloaded."""
-        execute = self._redis.execute
         if self._last:
-            # First the newest: one that is added between the two questions must not look like a gap.
-            newest = await execute("XREVRANGE", STREAM_KEY, "+", "-", "COUNT", 1)
-            oldest = await execute("XRANGE", STREAM_KEY, "-", "+", "COUNT", 1)
-            if oldest and newest and _version(oldest[0][0]) <= _version(self._last) <= _version(newest[0][0]):
+            if await self._continues():
                 self._attached = True
                 return
-            _log.warning("control channel: messages may have been missed, everything is loaded anew")
+            self._tell_gap()
         # An entry of its own is a position that surely exists in the stream.
         self._last = await self._add(("hello", b"{}"))
         self._to_reload = list(self._reloads)
         self._attached = True
+
+    async def _continues(self) -> bool:
+        """Whether the entry read last is still in the stream, so that nothing after it is missing."""
+        return bool(await self._redis.execute("XRANGE", STREAM_KEY, self._last, self._last))
+
+    def _tell_gap(self) -> None:
+        _log.warning("control channel: messages may have been missed, everything is loaded anew")
 
     async def _reload(self) -> None:
         pending: list[tuple[str, Reload]] = []
@@ -268,6 +266,11 @@ class ControlChannel:
             STREAM_KEY,
             self._last,
         )
+        # Asked before anything is taken: a blocked read goes on over a flush, with the first entry of another
+        # history, whose id would afterwards prove a continuity that there is not.
+        if answer and not await self._continues():
+            self._tell_gap()
+            self._to_reload = list(self._reloads)
         for _, entries in answer or ():
             for entry_id, fields in entries:
                 self._last = bytes(entry_id)
