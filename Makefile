@@ -58,7 +58,8 @@ $(VENV)/.%: requirements/%.txt $(VENV)/.dev
 	@$(LOCKED) -r $<
 	@touch $@
 
-# Written with uv 0.9; it takes any that knows these options. Hashes yes, addresses no. Each lock is held to the versions of the largest before it, as they share one environment.
+# Hashes yes, addresses no; uv 0.13.9 writes the files as they are. Each lock is held to the versions of the largest
+# before it, as they share one environment.
 COMPILE := UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --no-annotate pyproject.toml requirements/build.in
 lock:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.servers import ROOT
 
-# As pip 23 to 26 write them.
+# The lines by which pip 23 tells these apart.
 NO_WHEEL = "ERROR: No matching distribution found for secantusdb==0.7.0b3"
 NO_NETWORK = "WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError'\n" + NO_WHEEL
 BAD_HASH = "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE."
