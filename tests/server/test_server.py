@@ -159,7 +159,7 @@ def test_when_a_worker_is_killed_the_others_lose_nothing(standin: Start) -> None
         thread.start()
     until(lambda: served[survivor] > 50 and served[victim] > 50, PATIENCE_SECONDS, "both serve")
     os.kill(victim, signal.SIGKILL)
-    until(lambda: not alive(victim))
+    until(lambda: _gone(victim))
     dead.set()
     until(lambda: set(served) - {victim, survivor}, PATIENCE_SECONDS, "the heir answers")
     stop.set()
@@ -247,7 +247,7 @@ def test_workers_die_with_their_parent_however_it_died(standin: Start) -> None:
     process = standin()
     workers = process.workers()
     os.kill(process.pid, signal.SIGKILL)
-    until(lambda: not any(map(alive, workers)), 10.0, "the workers are gone")
+    until(lambda: all(map(_gone, workers)), 10.0, "the workers are gone")
     bind(ServerSettings(host=LOOPBACK, port=process.port)).close()
 
 
@@ -330,3 +330,11 @@ def _accepts(port: int) -> bool:
     except ConnectionRefusedError:
         return False
     return True
+
+
+def _gone(pid: int) -> bool:
+    """Whether it is dead, also where it dies between the two looks that `alive` takes at it."""
+    try:
+        return not alive(pid)
+    except OSError:
+        return True
