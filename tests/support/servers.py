@@ -54,8 +54,11 @@ def alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    status = Path(f"/proc/{pid}/stat")
-    return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:  # it died in between, or there is no /proc here
+        return not Path("/proc/self/stat").exists()
+    return state != "Z"
 
 
 def children(pid: int) -> list[int]:

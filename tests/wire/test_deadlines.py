@@ -300,7 +300,7 @@ async def test_half_closed_while_dialling_with_a_body_due_is_gone() -> None:
 async def test_gone_while_a_key_is_looked_up() -> None:
     world = World()
     end = Caller(world, PEER)
-    end.transport.deliver(b"GET /open/a HTTP/1.1\r\nHost: gw\r\nX-API-Key: k\r\n\r\n")
+    end.transport.deliver(b"GET /open/a HTTP/1.1\r\nHost: gw\r\nX-API-Key: lucid_" + b"k" * 43 + b"\r\n\r\n")
     assert end.door._need is not None
     await end.leave()
     assert [(x.status, x.phase) for x in world.recorded] == [(499, Phase.AUTHENTICATE)]
