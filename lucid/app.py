@@ -33,7 +33,7 @@ from lucid.core.rules.routes import Route, RouteTable
 from lucid.core.rules.tokens import TokenMemory
 from lucid.core.security.jwt import TokenIssuer, TokenVerifier
 from lucid.core.wire.access_log import AccessLog, write_to
-from lucid.core.wire.connection import Wire
+from lucid.core.wire.connection import DRAIN_IDLE_SECONDS, Wire
 from lucid.core.wire.control_channel import ControlChannel
 from lucid.core.wire.health import Check, HealthMonitor
 from lucid.core.wire.lease_store import LeaseStore
@@ -199,6 +199,7 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
         serving = False
         await asyncio.sleep(DRAIN_NOTICE_SECONDS)
         wire.drain()
+        await asyncio.sleep(DRAIN_IDLE_SECONDS + SWEEP_SECONDS)
 
     async def stop(_: Sanic[Any, Any]) -> None:
         await tasks.stop()

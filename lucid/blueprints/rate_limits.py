@@ -1,5 +1,7 @@
 """`/api/v1/rate-limits`: where one stands; for admins, a look at a key and its reset."""
 
+from urllib.parse import unquote
+
 from sanic import Blueprint, HTTPResponse, Request
 
 from lucid.blueprints.coding import NO_STORE, answer, exchange_of, no_content, principal_of
@@ -30,7 +32,9 @@ def blueprint(service: RateLimitService) -> Blueprint:
     return routes
 
 
-def _checked(identifier: str) -> str:
-    if not identifier.isprintable() or len(identifier) > MAX_IDENTIFIER:
+def _checked(text: str) -> str:
+    """The identifier in a segment of the path, where clients encode what an address has (`%3A%3A1`)."""
+    identifier = unquote(text)
+    if not identifier.isprintable() or not 1 <= len(identifier) <= MAX_IDENTIFIER:
         raise bad_field("identifier", f"must be 1 to {MAX_IDENTIFIER} printable characters")
     return identifier

@@ -5,6 +5,7 @@ an exchange (answered, refused, backend failed, caller left, worker draining) it
 settles the breaker's permit and hands the one record on. It never raises.
 """
 
+import asyncio
 import datetime as dt
 from collections.abc import Awaitable, Callable
 from typing import Protocol
@@ -17,9 +18,11 @@ from lucid.core.rules.framing import Fault, Head
 from lucid.core.rules.headers import SECURITY_FIELDS, own_head, parent_trace, sane_request_id
 from lucid.core.rules.keys import KeyMemory
 from lucid.core.rules.leases import Claim
-from lucid.errors import ErrorCode, GatewayError, envelope
+from lucid.errors import ErrorCode, GatewayError, away, envelope
 
 IDS_DRAWN = 64
+LOOK_UP_SECONDS = 2.0
+"""For a key that is not known here; a database that hangs must not hold its callers for longer."""
 NO_SPAN = "0" * 16
 """Invalid by W3C Trace Context 2.2.2.4."""
 
@@ -121,7 +124,12 @@ class Gateway:
             x.admitted = await self._admit(need.claim)
             return
         assert isinstance(need, LookUp)
-        self._keys.put(need.digest, await self._look_up(need.digest), self.monotonic())
+        try:
+            async with asyncio.timeout(LOOK_UP_SECONDS):
+                answer = await self._look_up(need.digest)
+        except TimeoutError:
+            raise away("mongodb") from None
+        self._keys.put(need.digest, answer, self.monotonic())
 
     # --- answers of the gateway's own ------------------------------------------------------------------
 

@@ -32,8 +32,9 @@ _REDIS = re.compile(
 _MONGODB = re.compile(
     rf"mongodb://{_AUTH}(?:{_HOST_LIST}|[^/?\s]+\.sock)(?:/\S*)?|mongodb\+srv://{_AUTH}[A-Za-z0-9.-]+(?:/\S*)?"
 )
+# Up to the last `@`: a password may hold what should have been escaped, and is to be masked all the more.
 _SECRET_IN_URI = re.compile(
-    r"(://[^:@/?\s]*):[^@/?\s]*@|([?&](?:password|authMechanismProperties)=)[^&\s]*", re.IGNORECASE
+    r"(://[^:@/?\s]*):\S*@|([?&](?:password|authMechanismProperties)=)[^&\s]*", re.IGNORECASE
 )
 
 

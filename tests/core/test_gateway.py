@@ -192,6 +192,7 @@ async def test_ids_are_drawn_again_and_again() -> None:
     world = World()
     caller = Caller(world, PEER)
     await caller.send(200 * LOST)
+    await world.settle_pipelines()
     assert len({x.request_id for x in world.recorded}) == 200
     assert len({x.trace_id for x in world.recorded}) == 200
 

@@ -429,6 +429,15 @@ class World:
         for _ in range(16):
             await asyncio.sleep(0)
 
+    async def settle_pipelines(self) -> None:
+        """As `settle`, until no connection has a turn to come for the rest of its pipeline."""
+        for _ in range(1_000):
+            await self.settle()
+            if not any(door._pump_due for door in self.wire.connections):
+                return
+            await asyncio.sleep(0)
+        raise AssertionError("a pipeline does not end")
+
     async def settle_and_breathe(self) -> None:
         await self.settle()
         await self.breathe()

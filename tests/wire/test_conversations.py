@@ -7,6 +7,7 @@ misbehave are in test_upstream.py, fields and envelopes in tests/core/test_gatew
 
 import pytest
 
+from lucid.core.wire.connection import HEADS_AT_ONCE
 from tests.support.talks import (
     ANSWERED,
     ASKED,
@@ -475,6 +476,8 @@ async def test_a_pipeline_of_refused_requests_does_not_recurse() -> None:
     world = World()
     end = Caller(world, PEER)
     await end.send(500 * LOST + GET)
+    assert end.log.text == HEADS_AT_ONCE * NOT_FOUND, "then others have their turn"
+    await world.settle_pipelines()
     assert end.log.text == 500 * NOT_FOUND
     world.upstreams[0].deliver(OK)
     assert end.log.text == 500 * NOT_FOUND + ANSWERED

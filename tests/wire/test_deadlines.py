@@ -186,8 +186,22 @@ def test_deadlines(talk: Talk) -> None:
 
 
 @talks(
-    Talk("idle", ("drain", None), to_caller("<closed>")),
-    Talk("idle after an answer", caller(LOST), to_caller(NOT_FOUND), ("drain", None), to_caller("<closed>")),
+    Talk("idle", ("drain", None), ("time", 1.0), to_caller("<closed>")),
+    Talk(
+        "idle after an answer",
+        caller(LOST),
+        to_caller(NOT_FOUND),
+        ("drain", None),
+        ("time", 1.0),
+        to_caller("<closed>"),
+    ),
+    Talk(
+        "a request that was on its way to an idle connection",
+        ("drain", None),
+        ("time", 0.5),
+        caller(LOST),
+        to_caller("HTTP/1.1 404 Not Found\nConnection: close\n\n<LUCID_ERR_1004><closed>"),
+    ),
     Talk(
         "a head is half here",
         caller(GET[:9]),

@@ -102,9 +102,9 @@ async def test_a_caller_that_does_not_read_its_answers_gets_no_further_ones() ->
     assert not end.transport.reading
     assert end.transport.buffered < MOST_BYTES
     assert len(world.recorded) < 200
-    for _ in range(200):
+    for _ in range(400):
         end.transport.take(20_000)
-        await world.settle()
+        await world.settle_pipelines()
     end.transport.take()
     assert end.log.text.count("404 Not Found") == 5_000
     world.check()
@@ -119,7 +119,7 @@ async def test_a_half_closed_caller_that_reads_slowly_gets_all_its_answers() -> 
     await end.half_close()
     for _ in range(20):
         end.transport.take(20_000)
-        await world.settle()
+        await world.settle_pipelines()
     assert end.log.text.count("404 Not Found") == 200
 
 

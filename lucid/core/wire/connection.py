@@ -57,6 +57,9 @@ CLOSE_SECONDS = 10.0
 LINGER_SECONDS = 1.0
 LINGER_BYTES = 65_536
 MAX_UNREAD_BYTES = 65_536
+HEADS_AT_ONCE = 32
+"""Taken from one connection before others have their turn."""
+DRAIN_IDLE_SECONDS = 1.0
 WRITE_BUFFER_BYTES = 65_536
 NEVER = float("inf")
 
@@ -95,10 +98,15 @@ class Wire:
                 balancer.sweep(now)
 
     def drain(self) -> None:
-        """From now on each answer ends its connection; idle connections end at once."""
+        """From now on each answer ends its connection. An idle one has a moment: a request that is on its way gets
+        its answer, with `Connection: close`, instead of a reset."""
         self.draining = True
-        for connection in list(self.connections):
-            connection.close_if_idle()
+        latest = self.gateway.monotonic() + DRAIN_IDLE_SECONDS
+        for connection in self.connections:
+            if connection.idle:
+                connection.deadline = min(connection.deadline, latest)
+            else:
+                connection.close_if_idle()  # it is not: it ends behind what it is at
 
 
 _HEAD, _FORWARD = Stage.HEAD, Stage.FORWARD
@@ -117,6 +125,7 @@ class Connection:
     _stage: Stage
     _buffer: bytes
     _pumping: bool
+    _pump_due: bool
     _eof: bool
     _keep_alive: bool
     _body: Body | None
@@ -144,6 +153,7 @@ class Connection:
         self._stage = Stage.CLOSED
         self._buffer = b""
         self._pumping = False
+        self._pump_due = False
         self._eof = False
         self._keep_alive = True
         self._body = None
@@ -226,7 +236,7 @@ class Connection:
         self._eof = True
         if self._body is not None:
             self._abandon()
-        elif self.exchange is not None or (self._full and self._buffer):
+        elif self.exchange is not None or self._pump_due or (self._full and self._buffer):
             # TLS has no half-close; asyncio would warn of each True, at a caller's will.
             return self._out.get_extra_info("sslcontext") is None
         self._close()
@@ -277,9 +287,14 @@ class Connection:
         unsent, self._unsent = self._unsent, self._out.get_write_buffer_size()
         return self._unsent < unsent
 
+    @property
+    def idle(self) -> bool:
+        """Whether neither an exchange nor a part of a head is here."""
+        return self._stage is _HEAD and not self._buffer
+
     def close_if_idle(self) -> bool:
         """Close unless an exchange or a part of a head is here; then close behind it."""
-        if self._stage is _HEAD and not self._buffer:
+        if self.idle:
             self._close()
             return True
         self._keep_alive = False
@@ -302,13 +317,41 @@ class Connection:
         if self._pumping:
             return
         self._pumping = True
+        turns = HEADS_AT_ONCE
         try:
-            while self._buffer and self._stage is _HEAD and not self._full and self._take_head():
-                pass
+            while self._buffer and self._stage is _HEAD and not self._full and turns:
+                turns -= 1
+                if not self._take_head():
+                    break
         finally:
             self._pumping = False
-        if self._eof and self._stage is _HEAD and not self._full:
-            self._close()  # What is left, if anything, will never be whole.
+        if self._stage is _HEAD and not self._full:
+            if not turns and self._buffer:
+                self._pump_later()
+                return
+            if self._eof:
+                self._close()  # What is left, if anything, will never be whole.
+                return
+        self._release_if_small()
+
+    def _pump_later(self) -> None:
+        """One caller's pipeline must not keep the others waiting: the rest of it has its turn after theirs."""
+        if not self._hold:
+            self._hold = True
+            self._out.pause_reading()
+        if not self._pump_due:
+            self._pump_due = True
+            asyncio.get_running_loop().call_soon(self._pump_on)
+
+    def _pump_on(self) -> None:
+        self._pump_due = False
+        if self._stage is _HEAD:
+            self._pump()
+
+    def _release_if_small(self) -> None:
+        """Read on, unless what was read is still enough: each answer would let in another read of it."""
+        if self._hold and self._body is None and len(self._buffer) <= MAX_UNREAD_BYTES:
+            self._release()
 
     def _take_head(self) -> bool:
         """Begin the next exchange; False: its head is not whole yet."""
@@ -527,8 +570,7 @@ class Connection:
         if self._body is not None:
             self._body = None
             self._left = -1
-        if self._hold:
-            self._release()
+        self._release_if_small()
         if not self._keep_alive:
             if self._left and not self._eof:
                 self._linger()
@@ -593,6 +635,8 @@ class Connection:
             self.deadline = self._gateway.monotonic() + CLOSE_SECONDS
         elif self._stage is Stage.CLOSED:
             self._out.abort()
+        elif self._pump_due:
+            self.deadline = self._gateway.monotonic() + HEAD_SECONDS
         elif self._stage is _HEAD and self._buffer and not self._full:
             self._buffer = b""
             self._begin_refused(Fault(408, "the head did not arrive in time"))

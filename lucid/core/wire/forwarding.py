@@ -86,7 +86,8 @@ class Forwarding(Connection):
         length = head.length
         self._stage = _FORWARD
         self._upstream = upstream
-        self._release()
+        if length:
+            self._release()
         x.upstream_started = now = self._gateway.monotonic()
         timeouts = route.timeouts
         self.deadline = min(now + timeouts.head, self._latest) if timeouts.head else self._latest
@@ -265,15 +266,22 @@ class Forwarding(Connection):
         if failure.kind is FailureKind.STALE and x.head.length == 0 and x.head.method in _IDEMPOTENT:
             self._forward(x, x.route)
             return
-        # A pool without a place is our own limit, not the backend's fault.
-        neutral = failure.kind is FailureKind.OVERLOAD
+        # A pool without a place is our own limit. A connection that broke under an unfinished upload may have carried
+        # an answer that was lost with it, and a body that never began is the caller's doing: no caller may open the
+        # breaker for all others.
+        overload = failure.kind is FailureKind.OVERLOAD
+        uploading = self._body is not None and (
+            failure.kind in (FailureKind.CUT_OFF, FailureKind.STALE)
+            or (failure.kind is FailureKind.TIMEOUT and x.head.fields.expect is not None and not x.bytes_in)
+        )
+        neutral = overload or uploading
         gateway.policy.settle(x, Outcome.NEUTRAL if neutral else Outcome.FAILURE, now)
         code = _FAILURES.get(failure.kind, ErrorCode.BACKEND_BROKEN)
         fields: tuple[tuple[str, str], ...] = (("Proxy-Status", f"lucid; error={failure.kind.value}"),)
         if code is ErrorCode.BACKEND_UNAVAILABLE:
             fields = (("Retry-After", "1"), *fields)
         details = {"backend": x.route.backend, "reason": failure.kind.value}
-        source = Source.GATEWAY if neutral else Source.BACKEND
+        source = Source.GATEWAY if overload else Source.BACKEND
         self._refuse(x, Refusal(code, details=details, fields=fields, source=source))
 
     def upstream_full(self) -> None:
