@@ -8,7 +8,7 @@ import ipaddress
 import re
 from collections.abc import Callable
 from typing import TypeVar
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from lucid.core.rules.addresses import network as parse_network
 from lucid.settings import EndpointSettings
@@ -106,13 +106,35 @@ def redis_uri(text: str) -> str:
         raise ValueError(
             "must be redis://host:port/db, rediss://..., unix:///path or redis+sentinel://a,b/master/0"
         )
+    _check_places(text)
+    unknown = sorted(name for name, _ in parse_qsl(urlsplit(text).query) if name not in _REDIS_OPTIONS)
+    if unknown:
+        raise ValueError(f"must not have the option {unknown[0]}")
     return text
+
+
+_REDIS_OPTIONS = frozenset(
+    "db username password ssl_ca_certs ssl_certfile ssl_keyfile ssl_cert_reqs ssl_check_hostname".split()
+)
 
 
 def mongodb_uri(text: str) -> str:
     if not _MONGODB.fullmatch(text):
         raise ValueError("must be mongodb://host:port/database or mongodb+srv://...")
+    _check_places(text)
     return text
+
+
+def _check_places(uri: str) -> None:
+    """What the drivers would stumble over later, without naming the variable."""
+    _, _, rest = uri.partition("://")
+    user, _, places = rest.partition("?")[0].rpartition("@")
+    if re.search(r"%(?![0-9A-Fa-f]{2})", user):
+        raise ValueError("must have the user and password percent-encoded")
+    for place in places.partition("/")[0].split(","):
+        port = place.rpartition(":")[2]
+        if ":" in place and port.isdecimal() and not 1 <= int(port) <= 65_535:
+            raise ValueError("must have ports from 1 to 65535")
 
 
 def tron_address(text: str) -> str:

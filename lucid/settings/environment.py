@@ -118,7 +118,7 @@ class _Environment:
         if text.startswith("["):
             try:
                 entries = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 self.fault(name, f"must be a JSON list of strings or a comma list, not {checks.shown(text)}")
                 return ()
         found = []
@@ -293,7 +293,7 @@ def _previous_keys(env: _Environment, algorithm: str) -> tuple[str, ...]:
     if text.startswith("["):
         try:
             keys = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             keys = None
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             env.fault(name, "must be a JSON list of strings")

@@ -93,6 +93,12 @@ class _Table:
                 self.fault(key, f"{fault}, not {checks.shown(entry)}")
         return tuple(dict.fromkeys(found))
 
+    def some(self, key: str, check: Check[T]) -> tuple[T, ...]:
+        """As `many`; a list that is there must not be empty, for empty would mean all."""
+        if self._data.get(key) == []:
+            self.fault(key, "must not be empty; absent, it means all")
+        return self.many(key, check)
+
     def table(self, key: str) -> "_Table | None":
         return _Table(f"{self.where}.{key}", self._data.pop(key), self._faults) if key in self._data else None
 
@@ -129,7 +135,7 @@ def extend(
             f"GATEWAY_CONFIG: must be a file that can be read, not {str(path)!r} ({error.strerror})"
         )
         return backends, routes
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         faults.append(f"GATEWAY_CONFIG: must be TOML in UTF-8; {path.name}: {error}")
         return backends, routes
     known = len(faults)
@@ -184,7 +190,7 @@ def _route(table: _Table, backends: dict[str, BackendSettings], rates: RateSetti
         path=table.need("path", _path, ""),
         backend=table.need("backend", backend, ""),
         access=table.take("access", _access, Role.USER),
-        methods=table.many("methods", _method),
+        methods=table.some("methods", _method),
         strip_prefix=table.take("strip_prefix", _path, ""),
         max_body=table.take("max_body", _size, RouteSettings("", "").max_body),
         timeouts=_timeouts(table.table("timeouts")),
