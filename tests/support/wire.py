@@ -455,7 +455,6 @@ class World:
         pool = pool or self.pool
         made = [await pool.acquire(connect_seconds=2.0, wait_seconds=2.0) for _ in range(count)]
         for upstream in made:
-            upstream.uses = 1
             pool.give_back(upstream)
 
     @property

@@ -53,6 +53,9 @@ _EXPOSED_FIELDS: Final = (
 _MOST_REQUESTED = 64
 """Field names of one preflight that are looked at."""
 
+DROPPED_PREFIX: Final = "access-control-"
+"""Of the fields of a backend's answer for which the gateway speaks."""
+
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,64}")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.\-]*://(?:[a-z0-9._\-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 
@@ -100,7 +103,7 @@ class Cors:
 
     def drops(self, name: str) -> bool:
         """Whether a backend's answer loses the field of this lower-case name: the gateway speaks for it."""
-        return self.enabled and name.startswith("access-control-")
+        return self.enabled and name.startswith(DROPPED_PREFIX)
 
     def preflight(
         self,

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from lucid.core.exchange import Exchange, Phase, Refusal, Source
 from lucid.core.rules.breaker import FAILURE_STATUSES, Outcome
+from lucid.core.rules.cors import DROPPED_PREFIX
 from lucid.core.rules.framing import CHUNKED, LAST_CHUNK, Answer, Fault, Head, body_for, body_length, chunk
 from lucid.core.rules.headers import answer_head, lasting_lines, upstream_head, without_fields
 from lucid.core.rules.routes import Route, forward_path
@@ -225,7 +226,7 @@ class Forwarding(Connection):
         return framing if head.minor else framing + b"Connection: keep-alive\r\n"
 
     def _head_with_cors(self, x: Exchange, answer: Answer, added: bytes) -> bytes:
-        lines = without_fields(answer.forwarded, ("access-control-",))
+        lines = without_fields(answer.forwarded, (DROPPED_PREFIX,))
         fields = "".join(
             [f"{name}: {value}\r\n" for name, value in self._gateway.cors.answer_fields(x.head.fields.origin)]
         )

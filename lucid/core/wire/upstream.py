@@ -82,7 +82,6 @@ class Upstream(asyncio.Protocol):
         "_transport",
         "idle_since",
         "label",
-        "uses",
     )
 
     def __init__(
@@ -105,8 +104,8 @@ class Upstream(asyncio.Protocol):
         self._body: Body | None = None
         self._answer: Answer | None = None
         self._interims = 0
-        self.uses = 0
         self.idle_since = 0.0
+        """When it came to its pool last; 0: never, so it cannot have gone stale there."""
 
     # --- the sink's side -------------------------------------------------------------------------------
 
@@ -118,7 +117,6 @@ class Upstream(asyncio.Protocol):
         self._method = method
         self._request_done = request_done
         self._interims = 0
-        self.uses += 1
         transport.write(data)
 
     def send(self, data: bytes, request_done: bool) -> None:
