@@ -176,7 +176,7 @@ def test_the_command_mints_tokens_that_serve(backend: Backend, caller: Caller) -
     answer = caller.http.get("/api/v1/nodes/x", headers={"Authorization": f"Bearer {token}"})
     assert answer.status_code == 200
     assert answer.headers["x-ratelimit-limit"] == "10000"
-    assert (backend.received[-1].field("x-user-id"), backend.received[-1].field("x-user-role")) == (
+    assert (backend.forwarded[-1].field("x-user-id"), backend.forwarded[-1].field("x-user-role")) == (
         "operator-7",
         "admin",
     )

@@ -122,7 +122,7 @@ def test_every_malformed_chunk_is_refused(port: int, plane: str, token: bytes, b
         answer = say(port, head + body)
         assert answer.startswith(b"HTTP/1.1 400 "), (name, answer[:200])
         envelope_of(answer, 400)
-    assert not backend.received, "a malformed body reached the backend whole"
+    assert not backend.forwarded, "a malformed body reached the backend whole"
 
 
 def test_a_body_that_is_not_what_the_route_wants(port: int, token: bytes) -> None:

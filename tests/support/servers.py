@@ -187,6 +187,11 @@ class Backend:
     def url(self) -> str:
         return f"http://{LOOPBACK}:{self.port}"
 
+    @property
+    def forwarded(self) -> list[Received]:
+        """What a caller sent through the gateway: the gateway's own health checks come at any moment."""
+        return [received for received in self.received if received.field("x-request-id") is not None]
+
     def start(self) -> None:
         started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(started)), daemon=True)
