@@ -166,15 +166,14 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
         return serving and not wire.draining, monitor.missing()
 
     answers.install(app, gateway)
-    app.blueprint(
-        [
-            health.blueprint(monitor.dependencies, readiness),
-            meta.blueprint(),
-            auth.blueprint(auth_service),
-            users.blueprint(user_service),
-            rate_limits.blueprint(rate_limit_service),
-        ]
+    resources = (
+        health.resource(monitor.dependencies, readiness),
+        meta.resource(),
+        auth.resource(auth_service),
+        users.resource(user_service),
+        rate_limits.resource(rate_limit_service),
     )
+    app.blueprint([resource.blueprint for resource in resources])
 
     # --- a worker's life ---
     async def start(_: Sanic[Any, Any]) -> None:

@@ -1,17 +1,10 @@
 """`/api/v1/auth`: challenge, login, refresh, logout, verify, status."""
 
 import msgspec
-from sanic import Blueprint, HTTPResponse, Request
+from sanic import Request
 
-from lucid.blueprints.coding import (
-    NO_STORE,
-    Body,
-    answer,
-    caller_of,
-    keys_of,
-    no_content,
-    principal_of,
-)
+from lucid.blueprints.coding import caller_of, principal_of
+from lucid.blueprints.resource import Resource
 from lucid.core.validation import (
     AccessTokenText,
     ChallengeText,
@@ -20,7 +13,9 @@ from lucid.core.validation import (
     SignatureHex,
     TronAddress,
 )
-from lucid.services.auth_service import AuthService
+from lucid.errors import ErrorCode
+from lucid.services.auth_service import AuthService, Status, TokenPair, TokenReport
+from lucid.services.challenges import Challenge
 
 
 class ChallengeBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -51,52 +46,64 @@ class VerifyBody(msgspec.Struct, forbid_unknown_fields=True):
     token: AccessTokenText
 
 
-def blueprint(service: AuthService) -> Blueprint:
-    """The routes, each calling `service` once. Who may call them the gateway's table says."""
-    routes = Blueprint("auth", url_prefix="/api/v1/auth")
-    challenge_body = Body(ChallengeBody)
-    wallet_body = Body(WalletLoginBody)
-    password_body = Body(PasswordLoginBody)
-    refresh_body = Body(RefreshBody)
-    logout_body = Body(LogoutBody)
-    verify_body = Body(VerifyBody)
+def resource(service: AuthService) -> Resource:
+    """The routes, each calling `service` once."""
+    routes = Resource("auth", "/api/v1/auth")
 
-    @routes.post("/challenge")
-    async def challenge(request: Request) -> HTTPResponse:
-        body = challenge_body.read(request.body)
-        return answer(await service.challenge(body.tron_address), headers=NO_STORE)
+    @routes.post("/challenge", body=ChallengeBody, answer=Challenge, errors=(ErrorCode.DEPENDENCY_AWAY,))
+    async def challenge(_request: Request, body: ChallengeBody) -> Challenge:
+        """A text for a wallet to sign within five minutes."""
+        return await service.challenge(body.tron_address)
 
-    @routes.post("/login")
-    async def login(request: Request) -> HTTPResponse:
-        names = keys_of(request.body)
-        if names & {"email", "password"} and "tron_address" not in names:
-            password = password_body.read(request.body)
-            return answer(await service.login_with_password(password.email, password.password))
-        body = wallet_body.read(request.body)
-        pair = await service.login_with_wallet(
+    @routes.post(
+        "/login",
+        body=(WalletLoginBody, PasswordLoginBody),
+        answer=TokenPair,
+        errors=(
+            ErrorCode.BAD_CREDENTIAL,
+            ErrorCode.BAD_SIGNATURE,
+            ErrorCode.UNKNOWN_CHALLENGE,
+            ErrorCode.NOT_IMPLEMENTED,
+            ErrorCode.DEPENDENCY_AWAY,
+        ),
+    )
+    async def login(request: Request, body: WalletLoginBody | PasswordLoginBody) -> TokenPair:
+        """Log in with a wallet's signature of a challenge, or with email and password.
+
+        A wallet's first login makes its user.
+        """
+        if isinstance(body, PasswordLoginBody):
+            return await service.login_with_password(body.email, body.password)
+        return await service.login_with_wallet(
             body.tron_address, body.signature, body.message, body.hardware_wallet, caller_of(request)
         )
-        return answer(pair, headers=NO_STORE)
 
-    @routes.post("/refresh")
-    async def refresh(request: Request) -> HTTPResponse:
-        body = refresh_body.read(request.body)
-        return answer(await service.refresh(body.refresh_token, caller_of(request)), headers=NO_STORE)
+    @routes.post(
+        "/refresh",
+        body=RefreshBody,
+        answer=TokenPair,
+        errors=(ErrorCode.BAD_CREDENTIAL, ErrorCode.NOT_IMPLEMENTED, ErrorCode.DEPENDENCY_AWAY),
+    )
+    async def refresh(request: Request, body: RefreshBody) -> TokenPair:
+        """A new pair of tokens; the refresh token is spent by it.
 
-    @routes.post("/logout")
-    async def logout(request: Request) -> HTTPResponse:
-        # All of its fields are optional, so is the body.
-        body = logout_body.read(request.body) if request.body else LogoutBody()
+        A spent one that comes back ends its login.
+        """
+        return await service.refresh(body.refresh_token, caller_of(request))
+
+    @routes.post("/logout", body=LogoutBody, body_optional=True, errors=(ErrorCode.DEPENDENCY_AWAY,))
+    async def logout(request: Request, body: LogoutBody) -> None:
+        """End this login, or all logins of its user."""
         await service.logout(principal_of(request), body.all_logins, caller_of(request))
-        return no_content()
 
-    @routes.post("/verify")
-    async def verify(request: Request) -> HTTPResponse:
-        body = verify_body.read(request.body)
-        return answer(service.verify(body.token), headers=NO_STORE)
+    @routes.post("/verify", body=VerifyBody, answer=TokenReport)
+    async def verify(_request: Request, body: VerifyBody) -> TokenReport:
+        """Whether an access token is good at this moment, and its claims."""
+        return service.verify(body.token)
 
-    async def status(request: Request) -> HTTPResponse:
-        return answer(service.status(principal_of(request)), headers=NO_STORE)
+    @routes.get("/status", answer=Status)
+    async def status(request: Request) -> Status:
+        """Who the caller is, and until when."""
+        return service.status(principal_of(request))
 
-    routes.add_route(status, "/status", methods=["GET", "HEAD"])
     return routes

@@ -3,7 +3,9 @@ encoding.
 """
 
 import re
-from typing import Final, Generic, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Generic, TypeVar
+from urllib.parse import parse_qsl
 
 import msgspec
 from sanic import HTTPResponse, Request
@@ -15,8 +17,7 @@ from lucid.errors import ErrorCode, GatewayError
 from lucid.services.auth_service import Caller
 
 JSON: Final = "application/json"
-NO_STORE: Final = {"cache-control": "no-store"}
-"""On every answer that holds a token or a challenge (RFC 6749, 5.1)."""
+MAX_QUERY_PARAMETERS: Final = 32
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -27,37 +28,76 @@ _NAMED: Final = re.compile(r"Object (?:missing required|contains unknown) field 
 
 
 class Body(Generic[T]):
-    """Decodes the bodies of one route into one struct; make it once per blueprint.
+    """Decodes the bodies of one route; make it once per route.
 
-    Declare the struct with `forbid_unknown_fields=True`: a misspelt optional field must not pass in silence.
+    Declare the structs with `forbid_unknown_fields=True`: a misspelt optional field must not pass in silence. Of
+    several structs the body is that one whose fields have most of the body's names, the first of equals.
     """
 
-    def __init__(self, kind: type[T]) -> None:
-        self._decode = msgspec.json.Decoder(kind).decode
+    def __init__(self, *kinds: type[T], optional: bool = False) -> None:
+        """`optional`: no body is the first struct with its defaults."""
+        self._kinds = [
+            (
+                frozenset(field.encode_name for field in msgspec.structs.fields(kind)),
+                msgspec.json.Decoder(kind).decode,
+            )
+            for kind in kinds
+        ]
+        self._default = kinds[0] if optional else None
 
     def read(self, body: bytes) -> T:
         """The struct. Raises BAD_JSON, or BAD_FIELD with `{"field", "reason"}`. How long a body may be the
         gateway's table says: no longer one reaches a handler.
         """
+        if not body and self._default is not None:
+            return self._default()
         try:
-            return self._decode(body)
+            return self._decoder(body)(body)
         except msgspec.ValidationError as error:
             raise _bad_field(str(error)) from None
         except (ValueError, RecursionError):
             # DecodeError, and the UnicodeDecodeError that msgspec lets through, are ValueErrors.
             raise GatewayError(ErrorCode.BAD_JSON) from None
 
+    def _decoder(self, body: bytes) -> Callable[[bytes], T]:
+        if len(self._kinds) == 1:
+            return self._kinds[0][1]
+        try:
+            names = frozenset(msgspec.json.decode(body, type=dict[str, msgspec.Raw]))
+        except (ValueError, RecursionError):
+            names = frozenset()  # the decoder says what is wrong
+        return max(self._kinds, key=lambda kind: len(kind[0] & names))[1]
 
-def keys_of(body: bytes) -> frozenset[str]:
-    """The names in a JSON object, for a route whose body has several shapes; empty for anything else."""
-    try:
-        return frozenset(msgspec.json.decode(body, type=dict[str, msgspec.Raw]))
-    except (ValueError, RecursionError):
-        return frozenset()
+
+class Query(Generic[T]):
+    """Decodes the query strings of one route into one struct, whose fields all have defaults."""
+
+    def __init__(self, kind: type[T]) -> None:
+        self._kind = kind
+
+    def read(self, query: str) -> T:
+        """The struct. Raises BAD_FIELD: an unknown parameter, one that comes twice, a value that is none."""
+        try:
+            pairs = parse_qsl(
+                query, keep_blank_values=True, errors="strict", max_num_fields=MAX_QUERY_PARAMETERS
+            )
+        except ValueError:
+            raise bad_field("query", "is not a query string that can be read") from None
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise bad_field(next(name for name in names if names.count(name) > 1), "must be given once")
+        try:
+            return msgspec.convert(values, self._kind, strict=False)
+        except msgspec.ValidationError as error:
+            raise _bad_field(str(error)) from None
 
 
-def answer(value: msgspec.Struct, status: int = 200, headers: dict[str, str] | None = None) -> HTTPResponse:
-    """`value` as JSON."""
+def answer_json(value: Any, status: int = 200, fields: Mapping[str, str] | None = None) -> HTTPResponse:
+    """`value` as JSON. Never stored by caches: what the gateway answers is of one caller and one moment (RFC 6749,
+    5.1 demands it for tokens).
+    """
+    headers = {"cache-control": "no-store", **(fields or {})}
     return raw(msgspec.json.encode(value), status=status, headers=headers, content_type=JSON)
 
 

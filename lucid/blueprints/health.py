@@ -2,21 +2,19 @@
 
 import datetime as dt
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from typing import Literal
 
 import msgspec
-from sanic import Blueprint, HTTPResponse, Request
+from sanic import Request
 
 from lucid import SERVICE_NAME, __version__
-from lucid.blueprints.coding import answer
+from lucid.blueprints.resource import Resource
 from lucid.errors import ErrorCode, GatewayError, rfc3339
 
 Dependencies = Callable[[], Mapping[str, str]]
 """Name to "healthy", "unhealthy" or "unknown"."""
 Readiness = Callable[[], tuple[bool, Sequence[str]]]
 """(ready, names of what is missing): not ready only while starting or draining."""
-
-_NO_CACHE: Final = {"cache-control": "no-cache, no-store"}
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -28,27 +26,28 @@ class Health(msgspec.Struct, frozen=True):
 
 
 class Ready(msgspec.Struct, frozen=True):
-    status: str
+    status: Literal["ready", "degraded"]
     missing: Sequence[str]
 
 
-def blueprint(dependencies: Dependencies, readiness: Readiness) -> Blueprint:
+def resource(dependencies: Dependencies, readiness: Readiness) -> Resource:
     """Liveness and readiness. A missing dependency degrades, it never takes the gateway out of service."""
-    routes = Blueprint("health", url_prefix="/health")
+    routes = Resource("health", "/health")
 
-    async def health(_request: Request) -> HTTPResponse:
-        return answer(
-            Health(
-                status="healthy",
-                service=SERVICE_NAME,
-                version=__version__,
-                timestamp=rfc3339(dt.datetime.now(dt.UTC)),
-                dependencies=dependencies(),
-            ),
-            headers=_NO_CACHE,
+    @routes.get("", answer=Health)
+    async def health(_request: Request) -> Health:
+        """The process lives."""
+        return Health(
+            status="healthy",
+            service=SERVICE_NAME,
+            version=__version__,
+            timestamp=rfc3339(dt.datetime.now(dt.UTC)),
+            dependencies=dependencies(),
         )
 
-    async def ready(_request: Request) -> HTTPResponse:
+    @routes.get("/ready", answer=Ready, errors=(ErrorCode.DRAINING,))
+    async def ready(_request: Request) -> Ready:
+        """Whether to send requests here, and what is missing behind it."""
         is_ready, missing = readiness()
         if not is_ready:
             raise GatewayError(
@@ -57,10 +56,6 @@ def blueprint(dependencies: Dependencies, readiness: Readiness) -> Blueprint:
                 details={"missing": list(missing)},
                 fields=(("Retry-After", "1"),),
             )
-        return answer(
-            Ready(status="degraded" if missing else "ready", missing=list(missing)), headers=_NO_CACHE
-        )
+        return Ready(status="degraded" if missing else "ready", missing=list(missing))
 
-    routes.add_route(health, "/", methods=["GET", "HEAD"])
-    routes.add_route(ready, "/ready", methods=["GET", "HEAD"])
     return routes

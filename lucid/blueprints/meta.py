@@ -1,10 +1,10 @@
 """`/api/v1/meta`: what this service is."""
 
 import msgspec
-from sanic import Blueprint, HTTPResponse, Request
+from sanic import Request
 
 from lucid import SERVICE_NAME, __version__
-from lucid.blueprints.coding import answer
+from lucid.blueprints.resource import Resource
 
 
 class Info(msgspec.Struct, frozen=True):
@@ -21,9 +21,9 @@ class Version(msgspec.Struct, frozen=True):
     api_version: str
 
 
-def blueprint() -> Blueprint:
+def resource() -> Resource:
     """Two constant answers."""
-    routes = Blueprint("meta", url_prefix="/api/v1/meta")
+    routes = Resource("meta", "/api/v1/meta")
     info_answer = Info(
         service=SERVICE_NAME,
         description="Lucid API Gateway",
@@ -33,12 +33,14 @@ def blueprint() -> Blueprint:
     )
     version_answer = Version(service=SERVICE_NAME, version=__version__, api_version="v1")
 
-    async def info(_request: Request) -> HTTPResponse:
-        return answer(info_answer)
+    @routes.get("/info", answer=Info)
+    async def info(_request: Request) -> Info:
+        """What this service is."""
+        return info_answer
 
-    async def version(_request: Request) -> HTTPResponse:
-        return answer(version_answer)
+    @routes.get("/version", answer=Version)
+    async def version(_request: Request) -> Version:
+        """Which release this is."""
+        return version_answer
 
-    routes.add_route(info, "/info", methods=["GET", "HEAD"])
-    routes.add_route(version, "/version", methods=["GET", "HEAD"])
     return routes

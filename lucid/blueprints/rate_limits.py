@@ -1,40 +1,50 @@
 """`/api/v1/rate-limits`: where one stands; for admins, a look at a key and its reset."""
 
-from urllib.parse import unquote
+from typing import Annotated
 
-from sanic import Blueprint, HTTPResponse, Request
+from msgspec import Meta
+from sanic import Request
 
-from lucid.blueprints.coding import NO_STORE, answer, exchange_of, no_content, principal_of
+from lucid.blueprints.coding import exchange_of, principal_of
+from lucid.blueprints.resource import Resource
 from lucid.core.validation import bad_field
-from lucid.services.rate_limit_service import RateLimitService
+from lucid.errors import ErrorCode
+from lucid.services.rate_limit_service import KeyView, RateLimitService, StandingsView
 
 MAX_IDENTIFIER = 128
 
+LimitName = Annotated[str, Meta(description="A tier (public, authenticated, admin) or a named limit")]
+Identifier = Annotated[
+    str, Meta(min_length=1, max_length=MAX_IDENTIFIER, description="A user's id, or a client address")
+]
 
-def blueprint(service: RateLimitService) -> Blueprint:
+
+def resource(service: RateLimitService) -> Resource:
     """The routes; who may call them the gateway's table says."""
-    routes = Blueprint("rate_limits", url_prefix="/api/v1/rate-limits")
+    routes = Resource("rate_limits", "/api/v1/rate-limits")
+    key = {"name": LimitName, "identifier": Identifier}
+    errors = (ErrorCode.NOT_FOUND, ErrorCode.DEPENDENCY_AWAY)
 
-    async def mine(request: Request) -> HTTPResponse:
+    @routes.get("/me", answer=StandingsView)
+    async def mine(request: Request) -> StandingsView:
+        """Where the caller stands, from the memory of the worker that answers."""
         exchange = exchange_of(request)
-        return answer(service.standing(exchange.principal, exchange.claim), headers=NO_STORE)
+        return service.standing(exchange.principal, exchange.claim)
 
-    async def look(request: Request, name: str, identifier: str) -> HTTPResponse:
-        return answer(await service.look(name, _checked(identifier)), headers=NO_STORE)
+    @routes.get("/{name}/{identifier}", parameters=key, answer=KeyView, errors=errors)
+    async def look(_request: Request, name: str, identifier: str) -> KeyView:
+        """A key of a tier or a named limit, as all workers share it."""
+        return await service.look(name, _checked(identifier))
 
-    async def reset(request: Request, name: str, identifier: str) -> HTTPResponse:
+    @routes.delete("/{name}/{identifier}", parameters=key, errors=errors)
+    async def reset(request: Request, name: str, identifier: str) -> None:
+        """Clear what was spent of a key."""
         await service.reset(name, _checked(identifier), principal_of(request))
-        return no_content()
 
-    routes.add_route(mine, "/me", methods=["GET", "HEAD"])
-    routes.add_route(look, "/<name:str>/<identifier:str>", methods=["GET", "HEAD"])
-    routes.add_route(reset, "/<name:str>/<identifier:str>", methods=["DELETE"])
     return routes
 
 
-def _checked(text: str) -> str:
-    """The identifier in a segment of the path, where clients encode what an address has (`%3A%3A1`)."""
-    identifier = unquote(text)
+def _checked(identifier: str) -> str:
     if not identifier.isprintable() or not 1 <= len(identifier) <= MAX_IDENTIFIER:
         raise bad_field("identifier", f"must be 1 to {MAX_IDENTIFIER} printable characters")
     return identifier

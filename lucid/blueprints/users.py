@@ -1,17 +1,20 @@
 """`/api/v1/users`: who one is, and for admins who others are."""
 
-from sanic import Blueprint, HTTPResponse, Request
+from sanic import Request
 
-from lucid.blueprints.coding import NO_STORE, answer, principal_of
-from lucid.services.user_service import UserService
+from lucid.blueprints.coding import principal_of
+from lucid.blueprints.resource import Resource
+from lucid.errors import ErrorCode
+from lucid.services.user_service import UserService, UserView
 
 
-def blueprint(service: UserService) -> Blueprint:
+def resource(service: UserService) -> Resource:
     """The routes; `me` is the caller."""
-    routes = Blueprint("users", url_prefix="/api/v1/users")
+    routes = Resource("users", "/api/v1/users")
 
-    async def get(request: Request, user_id: str) -> HTTPResponse:
-        return answer(await service.get(user_id, principal_of(request)), headers=NO_STORE)
+    @routes.get("/{user_id}", answer=UserView, errors=(ErrorCode.NOT_FOUND, ErrorCode.DEPENDENCY_AWAY))
+    async def get(request: Request, user_id: str) -> UserView:
+        """A user: oneself (`me`), for admins any."""
+        return await service.get(user_id, principal_of(request))
 
-    routes.add_route(get, "/<user_id:str>", methods=["GET", "HEAD"])
     return routes

@@ -35,14 +35,15 @@ def application(worker: Worker, state: State) -> Sanic:
     app = Sanic(f"identity-{next(_numbers)}", configure_logging=False)
     app.config.AUTO_EXTEND = False
     app.config.TOUCHUP = False  # rewrites Sanic's own classes at start, once per process
-    app.blueprint(auth.blueprint(worker.auth))
-    app.blueprint(users.blueprint(worker.user_service))
-    app.blueprint(meta.blueprint())
-    app.blueprint(
-        health.blueprint(
+    resources = (
+        auth.resource(worker.auth),
+        users.resource(worker.user_service),
+        meta.resource(),
+        health.resource(
             lambda: {"mongodb": "healthy", "redis": "unhealthy"}, lambda: (state.ready, state.missing)
-        )
+        ),
     )
+    app.blueprint([resource.blueprint for resource in resources])
 
     @app.on_request
     async def judge(request: Request) -> None:
