@@ -75,11 +75,12 @@ def build() -> tuple[Door, Callable[[], Upstream]]:
     limits = {"authenticated": Limit("authenticated", 10**9), "chain": Limit("chain", 10**9)}
     leases = Leases("bench", fleet=1)
     cors, keys = Cors(), KeyMemory()
+    tokens = TokenMemory(lambda _: principal, time.time, 1_000)
     routes = RouteTable.build([Route("/api/v1/chain/**", backend="chain", limits=(limits["chain"],))])
     policy = Policy(
         routes=routes,
         tiers=[limits["authenticated"]],
-        tokens=TokenMemory(lambda _: principal, time.time, 1_000),
+        tokens=tokens,
         keys=keys,
         leases=leases,
         breakers={"chain": CircuitBreaker("chain")},
@@ -92,6 +93,7 @@ def build() -> tuple[Door, Callable[[], Upstream]]:
         policy,
         cors=cors,
         keys=keys,
+        tokens=tokens,
         admit=cast("Any", None),
         look_up=cast("Any", None),
         recorder=log,

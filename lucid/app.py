@@ -18,10 +18,13 @@ from functools import partial
 from typing import Any
 
 import httpx
+import msgspec
 from sanic import Sanic
 
 from lucid import logs
-from lucid.blueprints import access, answers, auth, health, meta, rate_limits, users
+from lucid.blueprints import access, answers, auth, docs, health, meta, rate_limits, sessions, users
+from lucid.blueprints import api_keys as api_keys_routes
+from lucid.core.exchange import LookUp, Principal
 from lucid.core.gateway import Gateway
 from lucid.core.policy import Policy
 from lucid.core.rules.addresses import TrustedProxies
@@ -45,11 +48,21 @@ from lucid.database.api_key_repository import ApiKeyRepository
 from lucid.database.connection import Connection
 from lucid.database.indexes import Indexes
 from lucid.database.refresh_token_repository import RefreshTokenRepository
+from lucid.database.session_repository import SessionRepository
 from lucid.database.user_repository import UserRepository
+from lucid.errors import ErrorCode
+from lucid.openapi import document
+from lucid.services.api_key_service import ApiKeyService
+from lucid.services.auth_cluster import AuthCluster
 from lucid.services.auth_service import AuthService
 from lucid.services.challenges import Challenges
+from lucid.services.login_delays import LoginDelays
+from lucid.services.password_hashing import PasswordHashing
 from lucid.services.rate_limit_service import RateLimitService
+from lucid.services.revocation_watch import RevocationWatch
 from lucid.services.revocations import Revocations
+from lucid.services.session_outbox import SessionOutbox
+from lucid.services.session_service import SessionService
 from lucid.services.signing_keys import SigningKeys
 from lucid.services.user_service import UserService
 from lucid.settings import BackendSettings, Settings
@@ -59,6 +72,7 @@ SWEEP_SECONDS = 0.25
 FLUSH_SECONDS = 0.5
 DRAIN_NOTICE_SECONDS = 0.5
 """Between failing readiness and refusing to keep connections: what is on its way still gets its answer."""
+KEY_USES_SECONDS = 60.0
 REMEMBERED_TOKENS = 50_000
 NO_TIMEOUT_SECONDS = 300.0
 """What a breaker allows a trial besides the route's timeouts, which begin behind a body that may take long. Every
@@ -85,10 +99,14 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
     limits = named_limits(settings.rates)
     backends = {backend.name: _balancer(backend) for backend in settings.backends}
     breakers = {backend.name: _breaker(backend.name, settings) for backend in settings.backends}
-    verifier = TokenVerifier(settings.tokens)
+    signing_keys = SigningKeys(settings.tokens.jwks_url, _fetch)
+    verifier = TokenVerifier(
+        settings.tokens, foreign_issuers=settings.auth_service_issuers, may_fetch=signing_keys.may_fetch
+    )
     tokens = TokenMemory(
         verifier.verify, time.time, REMEMBERED_TOKENS, leeway_seconds=settings.tokens.leeway_seconds
     )
+    signing_keys.attach(verifier, tokens)
     keys = KeyMemory()
     cors = Cors(settings.server.cors_origins, settings.server.cors_allow_credentials)
     own = access.own_routes(limits)
@@ -100,27 +118,78 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
     control = ControlChannel(redis, holder)
     leases = LeaseStore(redis, holder, control, fleet_told=settings.server.workers)
     mongodb = Connection(settings.stores.mongodb_uri)
+    auth_balancer = _balancer(settings.auth_service) if settings.auth_service else None
+    auth_breaker = _breaker("auth-service", settings)
     indexes = Indexes(mongodb)
 
     # --- what people and operators do: services ---
     named = {limit.name: limit for route in routes.routes for limit in route.limits}
     rate_limit_service = RateLimitService(leases, {**named, **limits})
-    revocations = Revocations(redis.commands, tokens, partial(_publish, control, "revocation"), time.time)
+    revocations = Revocations(
+        redis.commands, tokens, partial(_publish, control, "revocation"), time.time, keys
+    )
     control.subscribe("revocation", revocations.on_revocation, revocations.load_revocations)
     accounts = UserRepository(mongodb, indexes)
+    logins = RefreshTokenRepository(mongodb)
+    api_keys = ApiKeyRepository(mongodb, indexes)
+    records = SessionRepository(mongodb)
+    admins = settings.server.admin_tron_addresses
+    challenges = Challenges(redis.commands, settings.server.public_origin, time.time)
+    hashing, delays = PasswordHashing(), LoginDelays(redis.commands)
+    cluster = _auth_cluster(settings, auth_balancer, auth_breaker)
     auth_service = AuthService(
         users=accounts,
-        refresh_tokens=RefreshTokenRepository(mongodb),
-        api_keys=ApiKeyRepository(mongodb, indexes),
-        challenges=Challenges(redis.commands, settings.server.public_origin, time.time),
+        refresh_tokens=logins,
+        api_keys=api_keys,
+        challenges=challenges,
         revocations=revocations,
+        hashing=hashing,
+        delays=delays,
         issuer=TokenIssuer(settings.tokens),
         memory=tokens,
         settings=settings.tokens,
-        admin_addresses=settings.server.admin_tron_addresses,
+        admin_addresses=admins,
         charge=rate_limit_service.charge,
+        cluster=cluster,
+        fetch_keys=signing_keys.load if settings.tokens.jwks_url else None,
     )
-    user_service = UserService(accounts, settings.server.admin_tron_addresses)
+    user_service = UserService(
+        users=accounts,
+        refresh_tokens=logins,
+        api_keys=api_keys,
+        revocations=revocations,
+        challenges=challenges,
+        passwords=hashing,
+        delays=delays,
+        admin_addresses=admins,
+        wall_clock=time.time,
+        registration=cluster is None,
+    )
+    api_key_service = ApiKeyService(
+        api_keys=api_keys,
+        users=accounts,
+        revocations=revocations,
+        admin_addresses=admins,
+        wall_clock=time.time,
+    )
+    session_cluster = _client(backends["sessions"], breakers["sessions"])
+    outbox = SessionOutbox(records, session_cluster)
+    session_service = SessionService(records, outbox)
+    watch = RevocationWatch(
+        revocations=revocations,
+        refresh_tokens=logins,
+        users=accounts,
+        api_keys=api_keys,
+        silent_seconds=control.silent_seconds,
+        token_seconds=settings.tokens.access_minutes * 60 + settings.tokens.leeway_seconds,
+        wall_clock=time.time,
+        monotonic=time.monotonic,
+    )
+
+    async def look_up(need: LookUp) -> Principal | ErrorCode:
+        if need.token:
+            return await auth_service.look_up_token(need.token)
+        return await auth_service.look_up_api_key(need.digest)
 
     # --- a request's life: core/gateway ---
     policy = Policy(
@@ -142,8 +211,9 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
         policy,
         cors=cors,
         keys=keys,
+        tokens=tokens,
         admit=leases.admit,
-        look_up=auth_service.look_up_api_key,
+        look_up=look_up,
         recorder=access_log,
         monotonic=time.monotonic,
         utc_now=_utc_now,
@@ -158,12 +228,16 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
         checks[backend.name] = partial(
             _backend_answers, backend, backends[backend.name], breakers[backend.name]
         )
+    if settings.auth_service and auth_balancer:
+        checks["auth-service"] = partial(_backend_answers, settings.auth_service, auth_balancer, auth_breaker)
     monitor = HealthMonitor(checks)
     tasks = Tasks()
     serving = False
 
     def readiness() -> tuple[bool, list[str]]:
-        return serving and not wire.draining, monitor.missing()
+        # Cut off from both stores, it accepts tokens that it cannot know to be revoked.
+        missing = [*monitor.missing(), *(["revocations"] if watch.blind else [])]
+        return serving and not wire.draining, missing
 
     answers.install(app, gateway)
     resources = (
@@ -171,9 +245,13 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
         meta.resource(),
         auth.resource(auth_service),
         users.resource(user_service),
+        api_keys_routes.resource(api_key_service),
+        sessions.resource(session_service),
         rate_limits.resource(rate_limit_service),
     )
-    app.blueprint([resource.blueprint for resource in resources])
+    operations = [operation for resource in resources for operation in resource.operations]
+    app.ctx.openapi = msgspec.json.encode(document([*operations, *docs.OPERATIONS], own))
+    app.blueprint([*(resource.blueprint for resource in resources), docs.blueprint(app.ctx.openapi)])
 
     # --- a worker's life ---
     async def start(_: Sanic[Any, Any]) -> None:
@@ -184,10 +262,11 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
         tasks.every("access log", FLUSH_SECONDS, access_log.flush)
         tasks.start("health", monitor.run)
         tasks.start("indexes", indexes.keep_trying)
+        tasks.start("revocations", watch.watch)
+        tasks.start("session outbox", outbox.run)
+        tasks.every("uses of API keys", KEY_USES_SECONDS, auth_service.flush_key_uses)
         if settings.tokens.jwks_url:
-            tasks.start(
-                "signing keys", SigningKeys(settings.tokens.jwks_url, _fetch, verifier, tokens).keep_fresh
-            )
+            tasks.start("signing keys", signing_keys.keep_fresh)
         # What was imported and built lives as long as the worker: no collection need ever look at it again.
         gc.collect()
         gc.freeze()
@@ -202,9 +281,14 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
 
     async def stop(_: Sanic[Any, Any]) -> None:
         await tasks.stop()
+        await outbox.stop()
+        await auth_service.flush_key_uses()
         await leases.stop()
         await control.stop()
-        for balancer in backends.values():
+        await session_cluster.aclose()
+        if cluster is not None:
+            await cluster.aclose()
+        for balancer in (*backends.values(), *([auth_balancer] if auth_balancer else [])):
             balancer.close()
         mongodb.close()
         await redis.close()
@@ -250,6 +334,27 @@ def _breaker(name: str, settings: Settings) -> CircuitBreaker:
     return breaker
 
 
+def _client(balancer: Balancer, breaker: CircuitBreaker | None) -> httpx.AsyncClient:
+    """How services talk to a cluster: over its pool, under its breaker. No redirects, nothing of the environment."""
+    return httpx.AsyncClient(
+        transport=PoolTransport(balancer, breaker, time.monotonic),
+        base_url=f"http://{balancer.name}",
+        trust_env=False,
+    )
+
+
+def _auth_cluster(
+    settings: Settings, balancer: Balancer | None, breaker: CircuitBreaker
+) -> AuthCluster | None:
+    if balancer is None:
+        return None
+    return AuthCluster(
+        _client(balancer, breaker),
+        issuers=settings.auth_service_issuers,
+        retry_after=lambda: breaker.retry_after(time.monotonic()),
+    )
+
+
 def _say_transition(transition: Transition) -> None:
     _log.warning(
         "the breaker of %s went from %s to %s: %s (mode %s)",
@@ -274,11 +379,8 @@ async def _backend_answers(backend: BackendSettings, balancer: Balancer, breaker
     if not backend.health_path:
         return breaker.snapshot(time.monotonic()).state is BreakerState.CLOSED
     # No breaker here: a check that it refuses would keep a backend that has recovered away for longer.
-    transport = PoolTransport(balancer, None, time.monotonic)
-    async with httpx.AsyncClient(
-        transport=transport, base_url=f"http://{backend.name}", timeout=2.0
-    ) as client:
-        return (await client.get(backend.health_path)).is_success
+    async with _client(balancer, None) as client:
+        return (await client.get(backend.health_path, timeout=2.0)).is_success
 
 
 async def _fetch(url: str) -> bytes:

@@ -186,6 +186,10 @@ def _token(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         raise SettingsError(
             ["JWT_PRIVATE_KEY: must be set to issue tokens; JWT_PUBLIC_KEY and JWKS_URL only verify them"]
         )
+    if options.user == "me":
+        raise _UsageError(
+            "lucid token: argument --user: must not be me, the name of whoever asks in /users/me"
+        )
     try:
         issued = issuer.issue(
             user_id=options.user,
@@ -205,9 +209,8 @@ def _openapi(_: argparse.Namespace, environ: Mapping[str, str]) -> int:
     import msgspec
 
     from lucid.app import create_app
-    from lucid.openapi import document
 
-    print(msgspec.json.format(msgspec.json.encode(document(create_app(settings)))).decode())
+    print(msgspec.json.format(create_app(settings).ctx.openapi).decode())
     return 0
 
 

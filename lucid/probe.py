@@ -16,7 +16,7 @@ async def probe(settings: Settings) -> list[tuple[str, str]]:
         (f"MongoDB {mask_uri(stores.mongodb_uri)}", lambda: _mongodb(stores.mongodb_uri)),
         (f"Redis {mask_uri(stores.redis_uri)}", lambda: _redis(stores.redis_uri)),
     ]
-    for backend in settings.backends:
+    for backend in (*settings.backends, *([settings.auth_service] if settings.auth_service else [])):
         for endpoint in backend.endpoints:
             path = backend.health_path
             tries.append((f"backend {backend.name} {endpoint.label}{path}", _backend_try(endpoint, path)))

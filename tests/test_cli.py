@@ -116,7 +116,11 @@ def test_routes_prints_the_table_as_it_would_run(lucid: Run, tmp_path: Path) -> 
 def test_routes_prints_a_row_for_whatever_the_gateway_answers_itself(lucid: Run, tmp_path: Path) -> None:
     _, out, _ = lucid("routes")
     rows = [line.split() for line in out.splitlines()[1:]]
-    printed = {row[0]: row[1] for row in rows if row[3] == "gateway"}
+    printed: dict[str, str] = {}
+    for path, methods, _, backend, *_ in rows:
+        if backend == "gateway":
+            # The methods of one path may be in several rows, each with its own access.
+            printed[path] = ",".join(sorted({*methods.split(","), *filter(None, [printed.get(path)])}))
     answered = json.loads(call("openapi", cwd=tmp_path).stdout)["paths"]
     assert printed == {
         re.sub(r"\{[^}]*\}", "*", path): ",".join(sorted(map(str.upper, operations)))
@@ -264,13 +268,11 @@ def test_what_this_version_does_not_do_is_refused_by_every_command(
     status, out, err = lucid(
         *command,
         JWT_SECRET_KEY=SECRET,
-        AUTH_SERVICE_URL="http://auth:1",
         REDIS_URI="redis+cluster://a,b",
         GATEWAY_CONFIG=str(file),
     )
     assert (status, out) == (2, "")
     assert [line.partition(":")[0] for line in err.splitlines()] == [
-        "AUTH_SERVICE_URL",
         "REDIS_URI",
         "GATEWAY_CONFIG",
     ]
@@ -291,6 +293,7 @@ def test_openapi_prints_a_document_without_a_key_and_without_a_store(tmp_path: P
     for path, operations in document["paths"].items():
         assert "<" not in path
         for operation in operations.values():
-            declared = {parameter["name"] for parameter in operation.get("parameters", ())}
+            parameters = operation.get("parameters", ())
+            declared = {parameter["name"] for parameter in parameters if parameter["in"] == "path"}
             assert declared == set(names.findall(path))
     assert msgspec.json.encode(document)

@@ -29,6 +29,8 @@ def own_routes(limits: Mapping[str, Limit]) -> tuple[Route, ...]:
     return (
         row("/health", "GET", Role.PUBLIC, counted=False),
         row("/health/ready", "GET", Role.PUBLIC, counted=False),
+        row("/docs", "GET", Role.PUBLIC),
+        row("/openapi.json", "GET", Role.PUBLIC),
         row("/api/v1/meta/info", "GET", Role.PUBLIC),
         row("/api/v1/meta/version", "GET", Role.PUBLIC),
         row("/api/v1/auth/challenge", "POST", Role.PUBLIC),
@@ -38,8 +40,14 @@ def own_routes(limits: Mapping[str, Limit]) -> tuple[Route, ...]:
         row("/api/v1/auth/logout", "POST", Role.USER),
         row("/api/v1/auth/verify", "POST", Role.USER),
         row("/api/v1/auth/status", "GET", Role.USER),
-        # Self or an admin: the service answers 404 to everybody else.
-        row("/api/v1/users/*", "GET", Role.USER),
+        row("/api/v1/users", "POST", Role.PUBLIC),
+        row("/api/v1/users", "GET", Role.ADMIN),
+        # Self or an admin, here and with sessions: the service answers 404 to everybody else.
+        row("/api/v1/users/*", "GET PATCH DELETE", Role.USER),
+        row("/api/v1/users/me/api-keys", "GET POST", Role.USER),
+        row("/api/v1/users/me/api-keys/*", "DELETE", Role.USER),
+        row("/api/v1/sessions", "GET POST", Role.USER),
+        row("/api/v1/sessions/*", "GET PATCH DELETE", Role.USER),
         row("/api/v1/rate-limits/me", "GET", Role.PUBLIC),
         row("/api/v1/rate-limits/*/*", "GET DELETE", Role.ADMIN),
     )

@@ -10,6 +10,7 @@ from sanic.response import BaseHTTPResponse, raw
 
 from lucid.core.exchange import Exchange, Source
 from lucid.core.gateway import Gateway
+from lucid.core.policy import REALM
 from lucid.errors import ErrorCode, GatewayError, envelope
 
 _log: Final = logging.getLogger(__name__)
@@ -50,9 +51,10 @@ class EnvelopeHandler(ErrorHandler):
             x.request_id if x is not None else "",
             self._gateway.timestamp(),
         )
-        return raw(
-            body, status=error.code.status, headers=dict(error.fields), content_type="application/json"
-        )
+        fields = dict(error.fields)
+        if error.code.status == 401:
+            fields.setdefault("WWW-Authenticate", REALM)
+        return raw(body, status=error.code.status, headers=fields, content_type="application/json")
 
     @staticmethod
     def log(request: Request, exception: Exception) -> None:

@@ -115,7 +115,13 @@ def exchange_of(request: Request) -> Exchange:
 def caller_of(request: Request) -> Caller:
     """From where the request came."""
     exchange = exchange_of(request)
-    return Caller(address=exchange.address, request_id=exchange.request_id, exchange=exchange)
+    head = exchange.known_head
+    return Caller(
+        address=exchange.address,
+        request_id=exchange.request_id,
+        exchange=exchange,
+        token=(head.fields.token or "") if head is not None else "",
+    )
 
 
 def principal_of(request: Request) -> Principal:

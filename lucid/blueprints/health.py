@@ -9,6 +9,7 @@ from sanic import Request
 
 from lucid import SERVICE_NAME, __version__
 from lucid.blueprints.resource import Resource
+from lucid.core.validation import Moment
 from lucid.errors import ErrorCode, GatewayError, rfc3339
 
 Dependencies = Callable[[], Mapping[str, str]]
@@ -18,10 +19,10 @@ Readiness = Callable[[], tuple[bool, Sequence[str]]]
 
 
 class Health(msgspec.Struct, frozen=True):
-    status: str
+    status: Literal["healthy"]
     service: str
     version: str
-    timestamp: str
+    timestamp: Moment
     dependencies: Mapping[str, str]
 
 

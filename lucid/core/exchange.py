@@ -6,7 +6,7 @@ one must see to it that `Gateway.finish` is called for it exactly once, whatever
 
 import enum
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import msgspec
 
@@ -33,6 +33,9 @@ class Phase(enum.IntEnum):
     LOG = 7
 
 
+RoleName = Literal["user", "node_operator", "admin", "super_admin"]
+
+
 class Role(enum.IntEnum):
     """Who may: each role holds all that the ones before it hold. PUBLIC is the absence of a role."""
 
@@ -43,8 +46,8 @@ class Role(enum.IntEnum):
     SUPER_ADMIN = 4
 
     @property
-    def label(self) -> str:
-        return self.name.lower()
+    def label(self) -> RoleName:
+        return cast("RoleName", self.name.lower())
 
 
 ROLES: Mapping[str, Role] = {role.label: role for role in Role if role is not Role.PUBLIC}
@@ -107,10 +110,15 @@ class Preflight(msgspec.Struct, frozen=True):
 
 
 class LookUp(msgspec.Struct, frozen=True):
-    """A need: an API key that this worker has not seen lately. Meet it, then judge again."""
+    """A need: a credential that this worker cannot judge from memory. Meet it, then judge again."""
 
     digest: bytes
-    """SHA-256 of the key; the key itself goes no further than the head."""
+    """SHA-256 of the credential. An API key itself goes no further than the head."""
+    token: str = ""
+    """The token, where it is one: of another issuer, or under a key that may be new. Empty: it is an API key."""
+
+    def __repr__(self) -> str:
+        return f"LookUp({'token' if self.token else 'key'} {self.digest.hex()[:8]})"
 
 
 class Lease(msgspec.Struct, frozen=True):
@@ -132,6 +140,7 @@ class Exchange:
         "bytes_in",
         "bytes_out",
         "claim",
+        "credential_lost",
         "endpoint",
         "error",
         "failed_by",
@@ -183,6 +192,8 @@ class Exchange:
         self.pending: Refusal | None = None
         self.claim: Claim | None = None
         self.admitted: bool | None = None
+        self.credential_lost = False
+        """Nobody could be asked about its credential: on a public route its caller is then the public."""
         self.permit: Permit | None = None
         self.outcome: Outcome | None = None
         self.trace_id, self.request_id, self.span_id = ids

@@ -7,10 +7,22 @@ settles the breaker's permit and hands the one record on. It never raises.
 
 import asyncio
 import datetime as dt
+import math
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from lucid.core.exchange import Exchange, Lease, LookUp, Need, Preflight, Principal, Refusal, Source, Verdict
+from lucid.core.exchange import (
+    Exchange,
+    Lease,
+    LookUp,
+    Need,
+    Preflight,
+    Principal,
+    Refusal,
+    Role,
+    Source,
+    Verdict,
+)
 from lucid.core.policy import Policy
 from lucid.core.rules.breaker import Outcome
 from lucid.core.rules.cors import Cors
@@ -18,11 +30,14 @@ from lucid.core.rules.framing import Fault, Head
 from lucid.core.rules.headers import SECURITY_FIELDS, own_head, parent_trace, sane_request_id
 from lucid.core.rules.keys import KeyMemory
 from lucid.core.rules.leases import Claim
+from lucid.core.rules.tokens import TokenMemory
 from lucid.errors import ErrorCode, GatewayError, away, envelope
 
 IDS_DRAWN = 64
 LOOK_UP_SECONDS = 2.0
-"""For a key that is not known here; a database that hangs must not hold its callers for longer."""
+"""For a credential that is not known here; a database that hangs must not hold its callers for longer."""
+LEARNED_TOKEN_SECONDS = 60.0
+"""How long others' word on a token is believed (the contract's bound)."""
 NO_SPAN = "0" * 16
 """Invalid by W3C Trace Context 2.2.2.4."""
 
@@ -51,8 +66,9 @@ class Gateway:
         *,
         cors: Cors,
         keys: KeyMemory,
+        tokens: TokenMemory,
         admit: Callable[[Claim], Awaitable[bool]],
-        look_up: Callable[[bytes], Awaitable[Principal | ErrorCode]],
+        look_up: Callable[[LookUp], Awaitable[Principal | ErrorCode]],
         recorder: Recorder,
         monotonic: Callable[[], float],
         utc_now: Callable[[], dt.datetime],
@@ -64,6 +80,7 @@ class Gateway:
         self.cors = cors
         self.monotonic = monotonic
         self._keys = keys
+        self._tokens = tokens
         self._admit = admit
         self._look_up = look_up
         self._recorder = recorder
@@ -119,17 +136,35 @@ class Gateway:
         return self.policy.judge(x, self.monotonic())
 
     async def meet(self, x: Exchange, need: Need) -> None:
-        """Meet a need; then judge again. Raises GatewayError when a dependency is away."""
+        """Meet a need; then judge again. Raises GatewayError when a dependency is away, but for a public route: a
+        credential that nobody can be asked about makes its caller public there, as a bad one does.
+        """
         if isinstance(need, Lease):
             x.admitted = await self._admit(need.claim)
             return
-        assert isinstance(need, LookUp)
+        generation = self._keys.generation
+        try:
+            answer = await self._ask(need)
+        except GatewayError:
+            if x.route.access > Role.PUBLIC:
+                raise
+            x.credential_lost = True
+            return
+        now = self.monotonic()
+        if not isinstance(answer, Principal):
+            self._keys.put(need.digest, answer, now)
+        elif need.token:
+            self._tokens.remember(need.token, answer, now, LEARNED_TOKEN_SECONDS)
+        else:
+            left = answer.expires_at - self._utc_now().timestamp() if answer.expires_at else math.inf
+            self._keys.put(need.digest, answer, now, generation=generation, seconds_left=left)
+
+    async def _ask(self, need: LookUp) -> Principal | ErrorCode:
         try:
             async with asyncio.timeout(LOOK_UP_SECONDS):
-                answer = await self._look_up(need.digest)
+                return await self._look_up(need)
         except TimeoutError:
-            raise away("mongodb") from None
-        self._keys.put(need.digest, answer, self.monotonic())
+            raise away("auth-service" if need.token else "mongodb") from None
 
     # --- answers of the gateway's own ------------------------------------------------------------------
 

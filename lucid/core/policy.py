@@ -55,7 +55,8 @@ _ROUTE, _AUTHENTICATE, _ADMIT, _GUARD = Phase.ROUTE, Phase.AUTHENTICATE, Phase.A
 _ADMITTED, _WANTING = Take.ADMITTED, Take.WANTING
 _PUBLIC = Role.PUBLIC
 
-_REALM = 'Bearer realm="lucid"'
+REALM = 'Bearer realm="lucid"'
+"""How to show who one is (RFC 6750, 3): on every 401 (RFC 9110, 15.5.2)."""
 _remembered = lru_cache(4_096)(canonical)
 
 
@@ -163,44 +164,48 @@ class Policy:
     def _authenticate(self, x: Exchange, now: float) -> Verdict:
         head, route = x.head, x.route
         fields = head.fields
-        principal: Principal | None = None
-        fault: ErrorCode | None = None
+        known: Principal | ErrorCode | LookUp | None = None
         if fields.authorization is not None:
             if fields.api_key is not None:
-                fault = ErrorCode.TWO_CREDENTIALS
+                known = ErrorCode.TWO_CREDENTIALS
             elif fields.token is None:
-                fault = ErrorCode.BAD_CREDENTIAL
+                known = ErrorCode.BAD_CREDENTIAL
             else:
                 known = self._tokens.principal(fields.token, now)
-                if isinstance(known, Principal):
-                    principal = known
-                else:
-                    fault = known
+                if known is None:
+                    known = self._looked_up(x, fields.token, fields.token, now)
         elif fields.api_key is not None:
-            if not is_api_key(fields.api_key):
-                fault = ErrorCode.BAD_CREDENTIAL  # Nothing of another shape was ever given out.
+            if is_api_key(fields.api_key):
+                known = self._looked_up(x, fields.api_key, "", now)
             else:
-                digest = key_digest(fields.api_key)
-                answer = self._keys.get(digest, now)
-                if answer is None:
-                    return LookUp(digest)
-                if isinstance(answer, Principal):
-                    principal = answer
-                else:
-                    fault = answer
-        if principal is None:
-            x.principal = self._public(x.address)
-            if fault is ErrorCode.TWO_CREDENTIALS:
-                x.pending = Refusal(fault)
-            elif route.access > _PUBLIC:
-                x.pending = _unauthenticated(fault or ErrorCode.NO_CREDENTIAL)
-        else:
-            x.principal = principal
+                known = ErrorCode.BAD_CREDENTIAL  # Nothing of another shape was ever given out.
+        if isinstance(known, Principal):
+            x.principal = principal = known
             if principal.role < route.access:
                 x.pending = Refusal(ErrorCode.ROLE_TOO_LOW, details={"required": route.access.label})
+        elif isinstance(known, LookUp):
+            return known
+        else:
+            x.principal = self._public(x.address)
+            if known is ErrorCode.TWO_CREDENTIALS:
+                x.pending = Refusal(known)
+            elif route.access > _PUBLIC:
+                x.pending = _unauthenticated(known or ErrorCode.NO_CREDENTIAL)
         if x.pending is None and route.networks is not None and not route.networks.permits(x.address):
             x.pending = Refusal(ErrorCode.ADDRESS_NOT_ALLOWED)
         return None
+
+    def _looked_up(self, x: Exchange, secret: str, token: str, now: float) -> Principal | ErrorCode | LookUp:
+        """What others said of this credential lately, or the need to ask them. Nobody is asked for a route on which
+        it changes nothing, nor twice where nobody could be asked."""
+        digest = key_digest(secret)
+        answer = self._keys.get(digest, now)
+        if answer is not None:
+            return answer
+        route = x.route
+        if x.credential_lost or (route.access is _PUBLIC and not route.counted):
+            return ErrorCode.BAD_CREDENTIAL
+        return LookUp(digest, token)
 
     def _public(self, address: str) -> Principal:
         return Principal(Role.PUBLIC, "public", identifier(address))
@@ -279,5 +284,5 @@ class Policy:
 
 
 def _unauthenticated(code: ErrorCode) -> Refusal:
-    challenge = _REALM if code is ErrorCode.NO_CREDENTIAL else f'{_REALM}, error="invalid_token"'
+    challenge = REALM if code is ErrorCode.NO_CREDENTIAL else f'{REALM}, error="invalid_token"'
     return Refusal(code, fields=(("WWW-Authenticate", challenge),))

@@ -3,14 +3,17 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, TypeAlias
 
+from bson.errors import BSONError
 from motor.motor_asyncio import AsyncIOMotorClient, AsyncIOMotorDatabase
 from pymongo.errors import (
+    BulkWriteError,
     ConnectionFailure,
     DuplicateKeyError,
+    OperationFailure,
     PyMongoError,
     ServerSelectionTimeoutError,
     WaitQueueTimeoutError,
@@ -32,6 +35,11 @@ FAIL_FAST_SECONDS: Final = 2.0
 """For so long after a failed server selection every call fails at once. Else each login during an outage
 would hold its connection for the five seconds of a selection that is bound to fail.
 """
+
+_AS_IT_IS: Final[Mapping[str, str]] = {}
+_DUPLICATE: Final = 11_000
+_TOO_MUCH: Final = frozenset({15, 10_334})
+"""The server's codes for a document that is nested too deeply (Overflow) and one that is too large."""
 
 _log = logging.getLogger(__name__)
 
@@ -81,15 +89,19 @@ class Connection:
         self._client.close()
 
     @contextmanager
-    def border(self) -> Iterator[None]:
-        """Around every call to the driver: its errors leave as GatewayError, CONFLICT or DEPENDENCY_AWAY."""
+    def border(self, api_names: Mapping[str, str] = _AS_IT_IS) -> Iterator[None]:
+        """Around every call to the driver: its errors leave as GatewayError.
+
+        CONFLICT where a unique index says no, its `fields` named as `api_names` translates the index's;
+        BAD_FIELD for values that MongoDB cannot store; DEPENDENCY_AWAY for the rest.
+        """
         if self._monotonic() < self._retry_at:
             raise away("mongodb")
         try:
             yield
-        except DuplicateKeyError as error:
-            key = (error.details or {}).get("keyPattern") or {}
-            raise GatewayError(ErrorCode.CONFLICT, details={"fields": sorted(key)}) from error
+        except (BSONError, OverflowError, RecursionError, UnicodeError) as error:
+            # Integers beyond 64 bits, lone surrogates, NUL in a name, and so on: JSON can say what BSON cannot.
+            raise _unstorable() from error
         except WaitQueueTimeoutError as error:
             # The pool is full, the server is not away.
             _log.warning("mongodb: no free connection in the pool")
@@ -101,7 +113,29 @@ class Connection:
             _log.warning("mongodb is away: %s", type(error).__name__)
             raise away("mongodb") from error
         except PyMongoError as error:
+            key = _duplicated(error)
+            if key is not None:
+                fields = sorted(api_names.get(name, name) for name in key)
+                raise GatewayError(ErrorCode.CONFLICT, details={"fields": fields}) from error
+            if isinstance(error, OperationFailure) and error.code in _TOO_MUCH:
+                raise _unstorable() from error
             # Not authorised, not enough members for a majority, a full disk: it is there and does not serve
             # us.
             _log.exception("mongodb refused an operation")
             raise away("mongodb") from error
+
+
+def _duplicated(error: PyMongoError) -> Mapping[str, Any] | None:
+    """The pattern of the unique index that says no; None: it is something else."""
+    details: Any = error.details if isinstance(error, OperationFailure) else None
+    if isinstance(error, BulkWriteError):
+        details = (error.details.get("writeErrors") or [{}])[0]
+        if details.get("code") != _DUPLICATE:
+            return None
+    elif not isinstance(error, DuplicateKeyError):
+        return None
+    return (details or {}).get("keyPattern") or {}
+
+
+def _unstorable() -> GatewayError:
+    return GatewayError(ErrorCode.BAD_FIELD, "A value is too large, too deep or not text that can be stored")

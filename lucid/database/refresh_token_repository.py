@@ -6,16 +6,24 @@ only in that row. Were validity kept in the tokens' own rows, a revocation that 
 its new token would miss that token. The tokens' rows never change; they say to which family a token
 belongs, so that a spent one is told from an invented one. Both kinds vanish by a TTL index when the login
 would have expired anyway.
+
+Rows of the kind "user" say from which moment on a user's access tokens are dead. They and the revoked families
+are what a worker that starts learns its revocations from (`revoked_since`).
 """
 
 import datetime as dt
 from typing import Final
 
-from lucid.database.connection import Connection
-from lucid.database.documents import FamilyDocument, milliseconds, read
+from pymongo import ReturnDocument
+
+from lucid.database.connection import Connection, Document
+from lucid.database.documents import FamilyDocument, RevokedLogins, milliseconds, read
+from lucid.errors import ErrorCode, GatewayError, away
 
 _FAMILY: Final = "family"
 _TOKEN: Final = "token"  # noqa: S105
+_USER: Final = "user"
+_UPSERT_ATTEMPTS: Final = 5
 
 
 class RefreshTokenRepository:
@@ -86,20 +94,109 @@ class RefreshTokenRepository:
             )
         return bool(result.modified_count)
 
-    async def revoke_family(self, family: str, now: dt.datetime) -> bool:
-        """End a login; whether it was still alive."""
-        with self._connection.border():
-            result = await self._rows.update_one(
-                {"_id": family, "kind": _FAMILY, "revoked_at": None},
-                {"$set": {"revoked_at": milliseconds(now)}},
-            )
-        return bool(result.modified_count)
+    async def revoke_family(
+        self, family: str, now: dt.datetime, *, user_id: str = "", expires_at: dt.datetime | None = None
+    ) -> bool:
+        """End a login; whether it had not been ended before.
 
-    async def revoke_user(self, user_id: str, now: dt.datetime) -> int:
-        """End every login of a user; how many were still alive."""
+        With `user_id` and `expires_at`, the end of the last access token of that login, `revoked_since` tells
+        of it until then: the row of a login that would go before is kept, and a login that has no row (its token
+        was minted by hand, or comes from another issuer) gets one.
+        """
+        now = milliseconds(now)
+        change: Document = {"$set": {"revoked_at": now}}
+        if expires_at is not None:
+            change["$max"] = {"expires_at": milliseconds(expires_at)}
+        with self._connection.border():
+            result = await self._rows.update_one({"_id": family, "kind": _FAMILY, "revoked_at": None}, change)
+        if result.modified_count or not user_id or expires_at is None:
+            return bool(result.modified_count)
+        tombstone = {
+            "_id": family,
+            "kind": _FAMILY,
+            "user_id": user_id,
+            "created_at": now,
+            "revoked_at": now,
+            "expires_at": milliseconds(expires_at),
+            "lasting": True,
+        }
+        try:
+            with self._connection.border():
+                await self._rows.insert_one(tombstone)
+        except GatewayError as error:
+            if error.code is not ErrorCode.CONFLICT:
+                raise
+            return False  # It has a row, which was revoked before.
+        return True
+
+    async def revoke_user(
+        self, user_id: str, now: dt.datetime, *, tokens_until: dt.datetime | None = None
+    ) -> int:
+        """End every login of a user; how many were still alive.
+
+        With `tokens_until`, the end of the last access token, `revoked_since` tells until then that every access
+        token of this user that was issued at `now` or earlier is dead, those too that belong to no login here.
+        A refresh under way may have signed its token after `now`: it fails, or its login is among the ended ones.
+        Where that is to count as well, end the logins first and call again with the moment after.
+        """
+        now = milliseconds(now)
         with self._connection.border():
             result = await self._rows.update_many(
-                {"user_id": user_id, "kind": _FAMILY, "revoked_at": None},
-                {"$set": {"revoked_at": milliseconds(now)}},
+                {"user_id": user_id, "kind": _FAMILY, "revoked_at": None}, {"$set": {"revoked_at": now}}
             )
+        if tokens_until is not None:
+            await self._leave_word(user_id, now, milliseconds(tokens_until))
         return int(result.modified_count)
+
+    async def _leave_word(self, user_id: str, now: dt.datetime, until: dt.datetime) -> None:
+        change = {
+            "$set": {"kind": _USER, "user_id": user_id, "lasting": True},
+            "$max": {"revoked_at": now, "expires_at": until},
+            "$setOnInsert": {"created_at": now},
+        }
+        for _ in range(_UPSERT_ATTEMPTS):
+            try:
+                with self._connection.border():
+                    written: Document | None = await self._rows.find_one_and_update(
+                        {"_id": f"{_USER}:{user_id}"},
+                        change,
+                        upsert=True,
+                        return_document=ReturnDocument.AFTER,
+                    )
+            except GatewayError as error:
+                if error.code is not ErrorCode.CONFLICT:
+                    raise
+            else:
+                # SecantusDB answers nothing to the loser of a race, and has written nothing.
+                if written is not None:
+                    return
+        raise away("mongodb")
+
+    async def revoked_since(self, moment: dt.datetime, *, lasting: bool = False) -> RevokedLogins:
+        """The logins and users whose revocation is of `moment` or later and whose row has not gone.
+
+        `lasting`: earlier ones too, where they say more than that a login has ended. A login that ended more than a
+        token's life ago concerns nobody, and there may be millions of those.
+        """
+        told: Document = {"revoked_at": {"$gte": milliseconds(moment)}}
+        with self._connection.border():
+            rows = await self._rows.find(
+                {
+                    **(
+                        {"$or": [told, {"lasting": True, "revoked_at": {"$type": "date"}}]}
+                        if lasting
+                        else told
+                    ),
+                    "kind": {"$in": [_FAMILY, _USER]},
+                    "expires_at": {"$type": "date"},
+                },
+                {"kind": 1, "user_id": 1, "revoked_at": 1, "expires_at": 1, "lasting": 1},
+            ).to_list(None)
+        return RevokedLogins(
+            families=[
+                (r["_id"], r["revoked_at"], r["expires_at"] if r.get("lasting") else None)
+                for r in rows
+                if r["kind"] == _FAMILY
+            ],
+            users=[(r["user_id"], r["revoked_at"]) for r in rows if r["kind"] == _USER],
+        )

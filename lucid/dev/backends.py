@@ -7,6 +7,7 @@ writes. All state is in memory and bounded.
 
 import asyncio
 import hashlib
+import re
 import signal
 import socket
 import sys
@@ -25,6 +26,8 @@ Answer = response.HTTPResponse
 BLOCK_SECONDS = 10
 _MOST_ENTRIES = 10_000
 _MOST_CHUNK_BYTES = 256 * 1_048_576
+_TERMINATED = "terminated"
+_SESSION_ID = re.compile(r"[A-Za-z0-9_-]{8,64}")
 
 
 class Bounded(OrderedDict[str, Any]):
@@ -81,12 +84,17 @@ def chain() -> Blueprint:
 
 
 class _Recording:
-    """What was uploaded for one session, and by whom."""
+    """What was uploaded for one session, and by whom. `told_by`: the key of the request that announced it."""
 
     def __init__(self, owner: str) -> None:
         self.owner = owner
+        self.told_by = ""
         self.chunks: dict[int, bytes] = {}
         self.pipeline = "idle"
+
+    @property
+    def terminated(self) -> bool:
+        return self.pipeline == _TERMINATED
 
     def manifest(self) -> list[dict[str, Any]]:
         return [_chunk(number, data) for number, data in sorted(self.chunks.items())]
@@ -110,7 +118,11 @@ class Recordings(Bounded):
 
 
 def sessions() -> Blueprint:
-    """Session management: chunks, manifest and pipeline of recorded sessions. The first writer owns them."""
+    """Session management: chunks, manifest and pipeline of recorded sessions.
+
+    The gateway announces its sessions and says which have ended, as `lucid.services.session_outbox` describes it.
+    Chunks may come before the announcement: until then a session belongs to whoever writes first.
+    """
     app = Blueprint("sessions")
     recordings = Recordings()
     base = "/api/v1/sessions/<session>"
@@ -120,6 +132,28 @@ def sessions() -> Blueprint:
         if recording is None or recording.owner != _user(request):
             raise SanicException("no such session", 404, quiet=True)
         return recording  # type: ignore[no-any-return]
+
+    @app.post("/api/v1/sessions")
+    async def announce(request: Request) -> Answer:
+        told = request.json if isinstance(request.json, dict) else {}
+        session, key = told.get("session_id"), str(request.headers.get("idempotency-key", ""))[:64]
+        if not isinstance(session, str) or not _SESSION_ID.fullmatch(session):
+            return _problem(400, "session_id is missing")
+        if told.get("user_id") != _user(request):
+            return _problem(400, "user_id and X-User-Id differ")
+        recording = recordings.get(session)
+        if recording is None:
+            recording = recordings[session] = _Recording(_user(request))
+        elif recording.owner != _user(request) or (recording.told_by and recording.told_by != key):
+            return _problem(409, "this session is known already")
+        status = 200 if recording.told_by else 201
+        recording.told_by = key or session
+        return response.json({"session_id": session, "state": recording.pipeline}, status)
+
+    @app.delete(base)
+    async def terminate(request: Request, session: str) -> Answer:
+        find(request, session).pipeline = _TERMINATED
+        return response.empty()
 
     @app.put(base + "/chunks/<number:int>", stream=True, name="replace")
     @app.post(base + "/chunks/<number:int>", stream=True, name="store")
@@ -133,6 +167,8 @@ def sessions() -> Blueprint:
         recording = recordings.get(session) or _Recording(_user(request))
         recordings[session] = recording
         recording = find(request, session)
+        if recording.terminated:
+            return _problem(409, "this session was terminated")
         recordings.keep(recording, number, bytes(data))
         status = 201 if request.method == "POST" else 200
         return response.json(_chunk(number, bytes(data)), status, {"location": request.path})
@@ -161,7 +197,10 @@ def sessions() -> Blueprint:
 
     @app.post(base + "/pipeline/start")
     async def start(request: Request, session: str) -> Answer:
-        find(request, session).pipeline = "running"
+        recording = find(request, session)
+        if recording.terminated:
+            return _problem(409, "this session was terminated")
+        recording.pipeline = "running"
         return response.json({"session_id": session, "state": "running"})
 
     return app

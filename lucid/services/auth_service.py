@@ -3,7 +3,21 @@
 A login with a wallet: `challenge` gives a text, the wallet signs it, `login_with_wallet` compares,
 verifies, finds or makes the user, spends the challenge and starts a *family*: the login's line of refresh
 tokens. Access tokens carry the family as `sid`. `refresh` replaces the pair, `logout` ends the family and
-revokes its access tokens.
+revokes its access tokens. A login with email and password differs in how it finds the user, and in nothing else.
+
+With an authentication cluster the challenge and the signature are looked at here all the same; the tokens, their
+refresh and their logout are the cluster's.
+
+*Against changes meanwhile.* Whoever changes a role or a password, or deletes a user, writes that and the moment up
+to which the user's tokens are dead in one step, two seconds ahead (`user_moment`), and then ends the user's
+families where that is due. Whoever issues a token takes its moment first and reads the user then:
+
+- read before the change: the token's moment is earlier still, so it is among the dead ones, however long the read
+  was on its way;
+- read after it: the token has the new role, and a moment beyond the dead ones (`after=`).
+
+A login starts its family first and reads the user then, for the same reason: read before the change, the family was
+there when families were ended; read after it, the login sees the change and gives nothing out.
 """
 
 import datetime as dt
@@ -15,95 +29,61 @@ from typing import Any, Final
 import msgspec
 
 from lucid.core.exchange import ROLES, Principal, Role
-from lucid.core.rules.refusals import ClaimHolder
+from lucid.core.gateway import LEARNED_TOKEN_SECONDS
 from lucid.core.rules.tokens import TokenMemory
 from lucid.core.security import api_keys as keys
-from lucid.core.security import nonces, tron
-from lucid.core.security.jwt import IssuedToken, TokenIssuer
+from lucid.core.security import nonces
+from lucid.core.security.jwt import REVOCATION_AHEAD_SECONDS, IssuedToken, TokenIssuer, issuer_of
 from lucid.core.security.roles import PERMISSIONS, TIERS
-from lucid.core.validation import HardwareWalletText, checked_address, normal_text
+from lucid.core.security.tron import verify as verify_wallet
+from lucid.core.validation import (
+    MAX_PASSWORD_CHARACTERS,
+    HardwareWalletText,
+    bad_field,
+    checked_address,
+    checked_email,
+    normal_text,
+)
 from lucid.database.api_key_repository import ApiKeyRepository
-from lucid.database.documents import FamilyDocument, HardwareWallet, UserDocument
+from lucid.database.documents import FamilyDocument, HardwareWallet, UserDocument, milliseconds
 from lucid.database.refresh_token_repository import RefreshTokenRepository
 from lucid.database.user_repository import UserRepository
-from lucid.errors import ErrorCode, GatewayError, away, rfc3339
+from lucid.errors import AWAY_RETRY_SECONDS, ErrorCode, GatewayError, away, rfc3339
+from lucid.services.auth_cluster import AuthCluster
 from lucid.services.challenges import Challenge, Challenges
+from lucid.services.cluster_logins import ClusterLogins
+from lucid.services.login_delays import LoginDelays
+from lucid.services.login_types import (
+    AuthenticatedUser,
+    Caller,
+    Charge,
+    Status,
+    TokenPair,
+    TokenReport,
+    bad_refresh_token,
+    login_failed,
+    record,
+    utc,
+)
 from lucid.services.look_ups import LookUps
-from lucid.services.revocations import Revocation, Revocations, of_user
+from lucid.services.password_hashing import PasswordHashing
+from lucid.services.revocations import Revocation, Revocations, of_user, user_moment
 from lucid.services.user_service import effective_role
 from lucid.settings import TokenSettings
 
-Charge = Callable[[str, str, ClaimHolder | None], Awaitable[None]]
-"""(limit name, identifier, whose answer shall show it): charge one request; raises GatewayError RATE_LIMITED
-when over.
-"""
+__all__ = ["AuthService", "AuthenticatedUser", "Caller", "Charge", "Status", "TokenPair", "TokenReport"]
 
-_audit: Final = logging.getLogger("lucid.audit")
+MOST_KEY_USES: Final = 10_000
+_PASSWORD_TRIES: Final = 3
+_BEHIND: Final = dt.timedelta(milliseconds=2)
+"""A token of whoever has read `tokens_revoked_at` is issued one millisecond behind it, or later."""
 
-
-class Caller(msgspec.Struct, frozen=True):
-    """From where a request came.
-
-    `address` is the whole address, as the audit log tells it; whoever charges a limit counts an IPv6 one by its
-    network. `exchange` is told what was charged on top; None: nobody shows it.
-    """
-
-    address: str
-    request_id: str = ""
-    exchange: ClaimHolder | None = None
-
-
-class AuthenticatedUser(msgspec.Struct, frozen=True):
-    """The user part of a login's answer, as the authentication cluster spells it."""
-
-    user_id: str
-    tron_address: str | None
-    role: str
-    permissions: tuple[str, ...]
-
-
-class TokenPair(msgspec.Struct, frozen=True):
-    """The answer to a login and to a refresh. `expires_in`: seconds of the access token."""
-
-    access_token: str
-    refresh_token: str
-    token_type: str
-    expires_in: int
-    user: AuthenticatedUser
-
-    def __repr__(self) -> str:
-        return f"TokenPair(user={self.user!r}, tokens=***)"
-
-
-class TokenReport(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a token is: its claims while it is active, `active` false alone otherwise."""
-
-    active: bool
-    sub: str = ""
-    role: str = ""
-    sid: str = ""
-    jti: str = ""
-    iat: int = 0
-    exp: int = 0
-    iss: str = ""
-    aud: str = ""
-    typ: str = ""
-
-
-class Status(msgspec.Struct, frozen=True):
-    """Who the caller is, and until when the credential is good; null: it does not expire."""
-
-    user_id: str
-    role: str
-    permissions: tuple[str, ...]
-    credential: str
-    issued_at: str | None
-    expires_at: str | None
+_log: Final = logging.getLogger(__name__)
 
 
 class AuthService:
     """One per worker. Its methods raise GatewayError, DEPENDENCY_AWAY wherever MongoDB or Redis is needed
-    and away.
+    and away, BACKEND_... where the authentication cluster is.
     """
 
     def __init__(
@@ -114,29 +94,57 @@ class AuthService:
         api_keys: ApiKeyRepository,
         challenges: Challenges,
         revocations: Revocations,
+        hashing: PasswordHashing,
+        delays: LoginDelays,
         issuer: TokenIssuer,
         memory: TokenMemory,
         settings: TokenSettings,
         admin_addresses: frozenset[str],
         charge: Charge,
+        cluster: AuthCluster | None = None,
+        fetch_keys: Callable[[], Awaitable[object]] | None = None,
         wall_clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`cluster` gives the tokens instead of `issuer`. `fetch_keys` fetches the key set anew, for a token that
+        names a key which is not known here. `monotonic` is the clock by which `memory` is asked.
+        """
         self._users = users
         self._refresh_tokens = refresh_tokens
         self._api_keys = api_keys
         self._challenges = challenges
         self._revocations = revocations
+        self._hashing = hashing
+        self._delays = delays
         self._issuer = issuer
         self._memory = memory
         self._settings = settings
         self._admin_addresses = admin_addresses
         self._charge = charge
+        self._cluster = cluster
+        self._cluster_logins = (
+            None
+            if cluster is None
+            else ClusterLogins(
+                cluster,
+                users=users,
+                refresh_tokens=refresh_tokens,
+                challenges=challenges,
+                revocations=revocations,
+                charge=charge,
+                wall_clock=wall_clock,
+            )
+        )
+        self._fetch_keys = fetch_keys
         self._wall_clock = wall_clock
         self._monotonic = monotonic
-        self._look_ups = LookUps(
+        self._key_look_ups = LookUps(
             self._find_api_key, lambda: away("mongodb", "Too many API keys are being looked up")
         )
+        self._token_look_ups = LookUps(self._find_token, _too_many_tokens)
+        self._key_uses: dict[str, dt.datetime] = {}
+
+    # --- logging in ------------------------------------------------------------------------------------
 
     async def challenge(self, tron_address: str) -> Challenge:
         """A text for this wallet to sign within five minutes. Raises BAD_FIELD for a wrong checksum."""
@@ -153,52 +161,136 @@ class AuthService:
         """Tokens for the owner of this wallet, whose first login makes the user.
 
         Raises UNKNOWN_CHALLENGE (not given out, spent or expired, or changed in any character),
-        BAD_SIGNATURE (which spends nothing), BAD_FIELD, NOT_IMPLEMENTED where this gateway's keys only
-        verify.
+        BAD_SIGNATURE (which spends nothing), BAD_FIELD, BAD_CREDENTIAL (the user was deleted meanwhile, or the
+        cluster refuses), NOT_IMPLEMENTED where this gateway's keys only verify.
         """
-        self._require_issuer()
+        if self._cluster is None:
+            self._require_issuer()
         checked_address(tron_address)
         nonce = await self._challenges.find(tron_address, message)
         if nonce is None:
-            raise self._login_failed(ErrorCode.UNKNOWN_CHALLENGE, tron_address, caller)
-        if not tron.verify(tron_address, message.encode(), signature):
-            raise self._login_failed(ErrorCode.BAD_SIGNATURE, tron_address, caller)
+            raise login_failed(ErrorCode.UNKNOWN_CHALLENGE, caller, tron_address=tron_address)
+        if not verify_wallet(tron_address, message.encode(), signature):
+            raise login_failed(ErrorCode.BAD_SIGNATURE, caller, tron_address=tron_address)
         device = None
         if hardware_wallet is not None:
             device = HardwareWallet(hardware_wallet.type, normal_text(hardware_wallet.device_id))
+        if self._cluster_logins is not None:
+            body = {"tron_address": tron_address, "signature": signature, "message": message}
+            if hardware_wallet is not None:
+                body["hardware_wallet"] = msgspec.to_builtins(hardware_wallet)
+            return await self._cluster_logins.login(body, nonce, device, caller)
         # The user first, the challenge then: with MongoDB away the challenge is still good afterwards.
         # Finding or making the user twice is harmless; it is the spending that only one of two logins can
         # do.
-        user = await self._users.upsert_by_tron_address(tron_address, nonces.new_id(), device)
+        user_id = (await self._users.upsert_by_tron_address(tron_address, nonces.new_id(), device)).user_id
         if not await self._challenges.spend(tron_address, nonce):
-            raise self._login_failed(ErrorCode.UNKNOWN_CHALLENGE, tron_address, caller)
-        family = nonces.new_id()
-        refresh_token = nonces.refresh_token()
-        now = self._now()
-        await self._refresh_tokens.start_family(
-            family,
-            user.user_id,
-            keys.digest(refresh_token),
-            now,
-            now + dt.timedelta(days=self._settings.refresh_days),
+            raise login_failed(ErrorCode.UNKNOWN_CHALLENGE, caller, tron_address=tron_address)
+
+        async def owner() -> UserDocument | None:
+            user = await self._users.find_by_id(user_id)
+            return user if user is not None and user.tron_address == tron_address else None
+
+        pair = await self._begin_login(
+            user_id, owner, caller, method="wallet", hardware_wallet=device.type if device else None
         )
-        role = effective_role(user, self._admin_addresses)
-        issued = self._issue(user, role, family)
-        self._record(
-            "login",
+        if pair is None:
+            raise login_failed(ErrorCode.BAD_CREDENTIAL, caller, user_id=user_id)
+        return pair
+
+    async def login_with_password(self, email: str, password: str, caller: Caller) -> TokenPair:
+        """Tokens for the user of this email.
+
+        An unknown email, a user without a password and a wrong password are one: the same error after the same
+        calls and the same hashing. Raises BAD_CREDENTIAL; RATE_LIMITED while too many failures make the account
+        or the address wait (login_delays.py); BACKEND_UNAVAILABLE while too many passwords are being checked;
+        BAD_FIELD; NOT_IMPLEMENTED with an authentication cluster, and where this gateway's keys only verify.
+        """
+        if self._cluster is not None:
+            raise GatewayError(
+                ErrorCode.NOT_IMPLEMENTED,
+                "Users of this platform log in with a wallet, not with a password",
+            )
+        self._require_issuer()
+        checked_email(email)
+        if not 1 <= len(password) <= MAX_PASSWORD_CHARACTERS:
+            raise bad_field("password", f"must have 1 to {MAX_PASSWORD_CHARACTERS} characters")
+        try:
+            attempt = await self._delays.admit(email, caller.address)
+        except GatewayError as error:
+            if error.code is ErrorCode.RATE_LIMITED:
+                record("login_failed", caller, method="password", code=error.code.value)
+            raise
+        try:
+            pair = await self._login_with_password(email, password, caller)
+        except GatewayError as error:
+            if error.code is not ErrorCode.BAD_CREDENTIAL:
+                await self._delays.withdrawn(attempt)
+            raise
+        await self._delays.succeeded(attempt)
+        return pair
+
+    async def _login_with_password(self, email: str, password: str, caller: Caller) -> TokenPair:
+        """Again where the password was stored anew between the look and the login: by its change, or by a login at
+        the same time that hashed it at today's cost. What was typed is then held against what is stored now.
+        """
+        user: UserDocument | None = None
+        for _ in range(_PASSWORD_TRIES):
+            user = await self._users.find_by_email(email)
+            stored = None if user is None else user.password
+            if not await self._hashing.verify(password, stored) or user is None or stored is None:
+                break
+            user_id, seen = user.user_id, {"password": stored, "email_key": user.email_key}
+            changed: dict[str, Any] = {}
+            if self._hashing.needs_rehash(stored):
+                try:
+                    changed["password"] = await self._hashing.hash(password)
+                except GatewayError:
+                    pass  # Too many others wait for theirs; the next login will do.
+
+            # Records the login and looks whether it is still due, in one step: see the top of this module.
+            async def owner(
+                user_id: str = user_id, seen: dict[str, Any] = seen, changed: dict[str, Any] = changed
+            ) -> UserDocument | None:
+                change = {"last_login_at": self._now(), **changed}
+                return await self._users.update(user_id, change, expected=seen)
+
+            pair = await self._begin_login(user_id, owner, caller, method="password")
+            if pair is not None:
+                return pair
+        raise login_failed(
+            ErrorCode.BAD_CREDENTIAL,
             caller,
-            user_id=user.user_id,
-            role=role.label,
-            family=family,
-            hardware_wallet=device.type if device else None,
+            "The email or the password is wrong",
+            method="password",
+            user_id=user.user_id if user is not None else None,
         )
+
+    async def _begin_login(
+        self,
+        user_id: str,
+        owner: Callable[[], Awaitable[UserDocument | None]],
+        caller: Caller,
+        **told: Any,
+    ) -> TokenPair | None:
+        """Start a family, then ask `owner` for the user as it is then; None, and no family, where it has none to
+        give any more. The order is explained at the top of this module.
+        """
+        family, refresh_token = nonces.new_id(), nonces.refresh_token()
+        moment = self._wall_clock()
+        now = utc(moment)
+        expires_at = now + dt.timedelta(days=self._settings.refresh_days)
+        await self._refresh_tokens.start_family(family, user_id, keys.digest(refresh_token), now, expires_at)
+        user = await owner()
+        if user is None:
+            await self._refresh_tokens.revoke_family(family, self._now())
+            return None
+        role = effective_role(user, self._admin_addresses)
+        issued = self._issue(user, role, family, moment)
+        record("login", caller, user_id=user_id, role=role.label, family=family, **told)
         return self._pair(user, role, issued, refresh_token)
 
-    async def login_with_password(self, email: str, password: str) -> TokenPair:
-        """Not there yet, and says so."""
-        raise GatewayError(
-            ErrorCode.NOT_IMPLEMENTED, "Login with email and password is not available yet; use a TRON wallet"
-        )
+    # --- staying logged in -----------------------------------------------------------------------------
 
     async def refresh(self, refresh_token: str, caller: Caller) -> TokenPair:
         """A new pair for a good refresh token, which is spent by it. The login's first expiry stays.
@@ -207,46 +299,50 @@ class AuthService:
         BAD_CREDENTIAL; RATE_LIMITED by the limit `refresh` of the user, for unknown tokens by `login` of
         the address.
         """
+        if self._cluster_logins is not None:
+            return await self._cluster_logins.refresh(refresh_token, caller)
         self._require_issuer()
         spent = keys.digest(refresh_token)
         family = await self._refresh_tokens.find_family(spent, self._now())
         if family is None:
             await self._charge("login", caller.address, caller.exchange)
-            raise _bad_refresh_token()
+            raise bad_refresh_token()
         await self._charge("refresh", family.user_id, caller.exchange)
         if family.revoked_at is not None:
-            raise _bad_refresh_token()
+            raise bad_refresh_token()
         if family.current != spent:
             raise await self._reused(family, caller)
+        moment = self._wall_clock()
         user = await self._users.find_by_id(family.user_id)
         if user is None:
             await self._end_family(family)
-            raise _bad_refresh_token()
-        # Signed before the rotation: whoever revokes all of a user's tokens ends the families first, so a
-        # rotation that still went through carries a token older than that revocation.
+            raise bad_refresh_token()
         role = effective_role(user, self._admin_addresses)
-        issued = self._issue(user, role, family.family)
+        issued = self._issue(user, role, family.family, moment)
         fresh = nonces.refresh_token()
         if not await self._refresh_tokens.rotate(family, spent, keys.digest(fresh), self._now()):
             raise await self._reused(family, caller)
         return self._pair(user, role, issued, fresh)
 
+    # --- logging out -----------------------------------------------------------------------------------
+
     async def logout(self, principal: Principal, all_logins: bool, caller: Caller) -> None:
         """End the login that this token comes from, or every login of its user.
 
         MongoDB first, so that no new token can be had, then the access tokens that are out. Needs MongoDB and
-        not Redis: without it this worker refuses the tokens at once, the others once it is back. Raises
-        ROLE_TOO_LOW for a caller with an API key, which belongs to no login.
+        not Redis: without it this worker refuses the tokens at once, the others once it is back. A token of the
+        authentication cluster's is logged out there first. Raises ROLE_TOO_LOW for a caller with an API key, which
+        belongs to no login.
         """
         if principal.via != "token":
             raise GatewayError(ErrorCode.ROLE_TOO_LOW, "Only a token from a login can log out")
-        await self._refresh_tokens.revoke_family(principal.family, self._now())
-        revocations = [Revocation(family=principal.family, until=self._until(principal.expires_at))]
-        if all_logins:
-            await self._refresh_tokens.revoke_user(principal.user_id, self._now())
-            revocations.append(of_user(principal.user_id, self._wall_clock()))
-        await self._revocations.revoke(*revocations)
-        self._record(
+        # By the token's own issuer: tokens minted here by hand are good beside the cluster's.
+        until = self._until(principal.expires_at)
+        if self._cluster_logins is not None and self._is_clusters(caller.token):
+            await self._cluster_logins.logout(principal, all_logins, until, caller)
+        else:
+            await self._logout_here(principal, all_logins, until)
+        record(
             "revocation",
             caller,
             user_id=principal.user_id,
@@ -255,11 +351,41 @@ class AuthService:
             reason="logout",
         )
 
-    def verify(self, token: str) -> TokenReport:
-        """Whether an access token is good at this moment, revocations included."""
+    async def _logout_here(self, principal: Principal, all_logins: bool, until: float) -> None:
+        await self._refresh_tokens.revoke_family(
+            principal.family, self._now(), user_id=principal.user_id, expires_at=utc(until)
+        )
+        revocations = [Revocation(family=principal.family, until=until)]
+        if all_logins:
+            dead = milliseconds(utc(user_moment(self._wall_clock())))
+            user = await self._users.find_by_id(principal.user_id)
+            if user is not None and user.tokens_revoked_at is not None:
+                # That may lie ahead of this worker's clock, and tokens were issued just behind it.
+                dead = max(dead, user.tokens_revoked_at + _BEHIND)
+            # Written to the user first, so that whoever logs in from now on is given tokens beyond that moment.
+            await self._users.update(principal.user_id, {}, revoke_tokens_at=dead)
+            everything = of_user(principal.user_id, dead.timestamp())
+            await self._refresh_tokens.revoke_user(
+                principal.user_id, dead, tokens_until=utc(everything.until)
+            )
+            revocations.append(everything)
+        await self._revocations.revoke(*revocations)
+
+    # --- whose a credential is -------------------------------------------------------------------------
+
+    async def verify(self, token: str) -> TokenReport:
+        """Whether an access token is good at this moment, revocations included. Raises BACKEND_... where the
+        authentication cluster must be asked and does not answer.
+        """
         verdict = self._memory.principal(token, self._monotonic())
-        if isinstance(verdict, ErrorCode):
+        if verdict is None:
+            answer = await self.look_up_token(token)
+            if isinstance(answer, Principal):
+                self._memory.remember(token, answer, self._monotonic(), LEARNED_TOKEN_SECONDS)
+                verdict = self._memory.principal(token, self._monotonic())
+        if not isinstance(verdict, Principal):
             return TokenReport(active=False)
+        issuer = issuer_of(token)
         return TokenReport(
             active=True,
             sub=verdict.user_id,
@@ -268,8 +394,8 @@ class AuthService:
             jti=verdict.token_id,
             iat=int(verdict.issued_at),
             exp=int(verdict.expires_at),
-            iss=self._settings.issuer,
-            aud=self._settings.audience,
+            iss=issuer,
+            aud=self._settings.audience if issuer == self._settings.issuer else "",
             typ="access",
         )
 
@@ -279,7 +405,7 @@ class AuthService:
             user_id=principal.user_id,
             role=principal.role.label,
             permissions=PERMISSIONS[principal.role],
-            credential=principal.via,
+            credential="api_key" if principal.via == "api_key" else "token",
             issued_at=_moment(principal.issued_at),
             expires_at=_moment(principal.expires_at),
         )
@@ -288,10 +414,42 @@ class AuthService:
         """Whose key has this digest: BAD_CREDENTIAL for an unknown or expired one, or one of a deleted
         user.
 
-        It acts as its owner, with the key's role but never more than the owner has now. Raises
-        DEPENDENCY_AWAY, also where too many others are being looked up.
+        It acts as its owner, with the key's role but never more than the owner has now. That it was used is noted;
+        `flush_key_uses` writes it down. Raises DEPENDENCY_AWAY, also where too many others are being looked up.
         """
-        return await self._look_ups(digest)
+        answer = await self._key_look_ups(digest)
+        if isinstance(answer, Principal):
+            self._note_key_use(answer.token_id, self._now())
+        return answer
+
+    async def look_up_token(self, token: str) -> Principal | ErrorCode:
+        """What others say of a token about which `TokenMemory.principal` says None: the authentication cluster, or
+        the key set fetched anew. Equal ones are asked about once. Knows no revocations: hand the answer to
+        `TokenMemory.remember`. Raises RATE_LIMITED, BACKEND_..., also where too many others are being looked up.
+        """
+        return await self._token_look_ups(token.encode("utf-8", "surrogatepass"))
+
+    async def flush_key_uses(self) -> None:
+        """Write down when API keys were last used, all in one call. Call it now and then, and at the end. Without
+        MongoDB they are kept for the next time.
+        """
+        uses, self._key_uses = self._key_uses, {}
+        try:
+            if uses:
+                await self._api_keys.touch(uses)
+        except GatewayError as error:
+            _log.warning(
+                "the last use of %d API keys is not written down yet: %s", len(uses), error.code.value
+            )
+            newer, self._key_uses = self._key_uses, uses
+            for key_id, moment in newer.items():
+                self._note_key_use(key_id, moment)
+
+    def _note_key_use(self, key_id: str, moment: dt.datetime) -> None:
+        self._key_uses.pop(key_id, None)
+        if len(self._key_uses) >= MOST_KEY_USES:
+            del self._key_uses[next(iter(self._key_uses))]
+        self._key_uses[key_id] = moment
 
     async def _find_api_key(self, digest: bytes) -> Principal | ErrorCode:
         key = await self._api_keys.find_by_digest(digest, self._now())
@@ -312,14 +470,32 @@ class AuthService:
             via="api_key",
         )
 
+    async def _find_token(self, raw: bytes) -> Principal | ErrorCode:
+        token = raw.decode("utf-8", "surrogatepass")
+        if self._cluster is not None and self._cluster.issues(token):
+            # Several requests may share this call; it bears the name of none.
+            return await self._cluster.verify(token, "")
+        if self._fetch_keys is not None:
+            await self._fetch_keys()
+        return self._memory.principal(token, self._monotonic()) or ErrorCode.BAD_CREDENTIAL
+
+    # --- parts -----------------------------------------------------------------------------------------
+
+    def _is_clusters(self, token: str) -> bool:
+        return self._cluster is not None and self._cluster.issues(token)
+
     def _require_issuer(self) -> None:
         if not self._issuer.can_issue:
             raise GatewayError(
                 ErrorCode.NOT_IMPLEMENTED, "This gateway holds keys that verify tokens only; log in elsewhere"
             )
 
-    def _issue(self, user: UserDocument, role: Role, family: str) -> IssuedToken:
-        return self._issuer.issue(user_id=user.user_id, role=role, family=family, now=self._wall_clock())
+    def _issue(self, user: UserDocument, role: Role, family: str, moment: float) -> IssuedToken:
+        """`moment` was taken before `user` was read. What was written since shows that it is later by now."""
+        revoked = user.tokens_revoked_at
+        after = 0.0 if revoked is None else revoked.timestamp()
+        moment = max(moment, after - REVOCATION_AHEAD_SECONDS)
+        return self._issuer.issue(user_id=user.user_id, role=role, family=family, now=moment, after=after)
 
     def _pair(self, user: UserDocument, role: Role, issued: IssuedToken, refresh_token: str) -> TokenPair:
         return TokenPair(
@@ -332,14 +508,17 @@ class AuthService:
 
     async def _reused(self, family: FamilyDocument, caller: Caller) -> GatewayError:
         if await self._end_family(family):
-            self._record("refresh_reuse", caller, user_id=family.user_id, family=family.family)
-        return _bad_refresh_token()
+            record("refresh_reuse", caller, user_id=family.user_id, family=family.family)
+        return bad_refresh_token()
 
     async def _end_family(self, family: FamilyDocument) -> bool:
         """End a login and its access tokens; False where it had ended before."""
-        if not await self._refresh_tokens.revoke_family(family.family, self._now()):
+        until = self._until(0.0)
+        if not await self._refresh_tokens.revoke_family(
+            family.family, self._now(), user_id=family.user_id, expires_at=utc(until)
+        ):
             return False
-        await self._revocations.revoke(Revocation(family=family.family, until=self._until(0.0)))
+        await self._revocations.revoke(Revocation(family=family.family, until=until))
         return True
 
     def _until(self, expires_at: float) -> float:
@@ -347,22 +526,17 @@ class AuthService:
         newest = self._wall_clock() + self._issuer.access_seconds
         return max(newest, expires_at) + self._settings.leeway_seconds + 1.0
 
-    def _login_failed(self, code: ErrorCode, tron_address: str, caller: Caller) -> GatewayError:
-        self._record("login_failed", caller, tron_address=tron_address, code=code.value)
-        return GatewayError(code)
-
-    def _record(self, event: str, caller: Caller, **fields: Any) -> None:
-        """One line in the audit log. What is secret does not come in: ids and codes only."""
-        shown = {"address": caller.address, "request_id": caller.request_id, **fields}
-        _audit.info(event, extra={"audit": {"event": event, **shown}})
-
     def _now(self) -> dt.datetime:
-        return dt.datetime.fromtimestamp(self._wall_clock(), dt.UTC)
+        return utc(self._wall_clock())
 
 
-def _bad_refresh_token() -> GatewayError:
-    return GatewayError(ErrorCode.BAD_CREDENTIAL, "The refresh token is not valid")
+def _too_many_tokens() -> GatewayError:
+    return GatewayError(
+        ErrorCode.BACKEND_UNAVAILABLE,
+        "Too many tokens are being looked up",
+        fields=(("Retry-After", str(AWAY_RETRY_SECONDS)),),
+    )
 
 
 def _moment(seconds: float) -> str | None:
-    return rfc3339(dt.datetime.fromtimestamp(seconds, dt.UTC)) if seconds else None
+    return rfc3339(utc(seconds)) if seconds else None

@@ -15,10 +15,11 @@ from urllib.parse import urlsplit
 import msgspec
 
 from lucid.core.security import nonces
+from lucid.core.security.tron import CHAIN_ID, SIGN_IN
+from lucid.core.validation import Moment
 from lucid.errors import rfc3339
 from lucid.services.stores import redis_border
 
-CHAIN_ID: Final = "tron:0x2b6653dc"
 STATEMENT: Final = "Sign in to Lucid. This costs nothing and sends no transaction."
 LIFETIME_SECONDS: Final = 300
 MAX_OUTSTANDING: Final = 128
@@ -35,7 +36,7 @@ class Challenge(msgspec.Struct, frozen=True):
 
     message: str
     nonce: str
-    expires_at: str
+    expires_at: Moment
 
 
 class Challenges:
@@ -51,13 +52,13 @@ class Challenges:
         self._wall_clock = wall_clock
 
     async def make(self, address: str) -> Challenge:
-        """A new challenge for this TRON address, kept for five minutes."""
+        """A new challenge for this wallet, kept for five minutes."""
         now = self._wall_clock()
         nonce = nonces.challenge_nonce()
         issued = dt.datetime.fromtimestamp(now, dt.UTC)
         expires_at = rfc3339(issued + dt.timedelta(seconds=LIFETIME_SECONDS))
         message = (
-            f"{self._domain} wants you to sign in with your TRON account:\n{address}\n\n{STATEMENT}\n\n"
+            f"{SIGN_IN.format(domain=self._domain)}\n{address}\n\n{STATEMENT}\n\n"
             f"URI: {self._origin}\nVersion: 1\nChain ID: {CHAIN_ID}\nNonce: {nonce}\n"
             f"Issued At: {rfc3339(issued)}\nExpiration Time: {expires_at}"
         )

@@ -1,4 +1,4 @@
-"""Which access tokens are dead before their time, told to every worker.
+"""Which access tokens and API keys are dead before their time, told to every worker.
 
 A revocation is applied to this worker's memory, kept in Redis for workers that start later, and published
 over the control channel to those that run. It lives until the tokens that it names would have expired
@@ -8,20 +8,25 @@ anyway.
 not be stored is stored with the next revocation, with the next message that comes (Redis is back then), or when
 everything is loaded anew. So `revoke` succeeds without Redis.
 
+*In MongoDB first*: whoever revokes has written it there, in the login's row, the key's or the user's. That is what a
+worker reads which Redis does not reach (revocation_watch.py), and what is left should Redis lose everything.
+
 *Stored first, then published*: a worker that starts takes its place in the channel, then loads what is stored.
 What it does not find was stored later, so its message comes later still. What was stored late is published
 again for the same reason; applying one twice changes nothing.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Final
 
 import msgspec
 
+from lucid.core.rules.keys import KeyMemory
 from lucid.core.rules.tokens import TokenMemory
-from lucid.core.security.jwt import LONGEST_LIFE_MINUTES
+from lucid.core.security.jwt import LONGEST_LIFE_MINUTES, REVOCATION_AHEAD_SECONDS
 from lucid.errors import GatewayError
 from lucid.services.stores import redis_border
 
@@ -33,6 +38,7 @@ end all logins as often as they like.
 """
 USER_SECONDS: Final = LONGEST_LIFE_MINUTES * 60.0 + 3_600.0
 """How long all tokens of a user stay revoked: the longest life, and an hour for leeway and clocks."""
+KEY_SECONDS: Final = 60.0
 MOST_UNKEPT: Final = 1_000
 
 Publish = Callable[[dict[str, Any]], Awaitable[None]]
@@ -41,13 +47,14 @@ _log = logging.getLogger(__name__)
 
 
 class Revocation(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The message: one of `family`, `token`, `user` (with `issued_before`). Times are seconds since the
-    epoch.
+    """The message: one of `family`, `token`, `user` (with `issued_before`), `key` (the digest in hex). Times are
+    seconds since the epoch.
     """
 
     until: float
     family: str = ""
     token: str = ""
+    key: str = ""
     user: str = ""
     issued_before: float = 0.0
 
@@ -55,6 +62,16 @@ class Revocation(msgspec.Struct, frozen=True, omit_defaults=True):
 def of_user(user_id: str, issued_before: float) -> Revocation:
     """All tokens of a user that were issued at `issued_before` or earlier, those minted by hand too."""
     return Revocation(user=user_id, issued_before=issued_before, until=issued_before + USER_SECONDS)
+
+
+def of_key(digest: bytes, now: float) -> Revocation:
+    """An API key that was withdrawn. Workers remember an answer about a key for seconds, so it need not last."""
+    return Revocation(key=digest.hex(), until=now + KEY_SECONDS)
+
+
+def user_moment(now: float) -> float:
+    """Up to when a user's tokens are dead, if something about the user changes at `now`."""
+    return now + REVOCATION_AHEAD_SECONDS
 
 
 class Revocations:
@@ -66,10 +83,16 @@ class Revocations:
     """
 
     def __init__(
-        self, redis: Any, memory: TokenMemory, publish: Publish, wall_clock: Callable[[], float]
+        self,
+        redis: Any,
+        memory: TokenMemory,
+        publish: Publish,
+        wall_clock: Callable[[], float],
+        keys: KeyMemory | None = None,
     ) -> None:
         self._redis = redis
         self._memory = memory
+        self._keys = keys if keys is not None else KeyMemory()
         self._publish = publish
         self._wall_clock = wall_clock
         self._unkept: dict[Revocation, None] = {}
@@ -80,7 +103,7 @@ class Revocations:
     async def revoke(self, *revocations: Revocation) -> None:
         """Refuse these here at once, and on all workers as soon as Redis answers. Raises nothing."""
         for revocation in revocations:
-            self._apply(revocation)
+            self.apply(revocation)
             self._unkept[revocation] = None
         while len(self._unkept) > MOST_UNKEPT:
             _log.error("too many revocations wait for Redis, the oldest reaches no worker that starts later")
@@ -95,7 +118,7 @@ class Revocations:
         except msgspec.ValidationError as error:
             _log.warning("a revocation was not understood: %s", error)
             return
-        self._apply(revocation)
+        self.apply(revocation)
         if self._unkept and (self._again is None or self._again.done()):
             self._again = self._start(self._spread(()))
 
@@ -115,7 +138,7 @@ class Revocations:
                 continue
             self.on_revocation(body)
         for user_id, issued_before in users:
-            self._apply(of_user(user_id if isinstance(user_id, str) else user_id.decode(), issued_before))
+            self.apply(of_user(user_id if isinstance(user_id, str) else user_id.decode(), issued_before))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.create_task(work, name="lucid revocations")
@@ -155,10 +178,16 @@ class Revocations:
             self._unkept.pop(each, None)
         return waiting
 
-    def _apply(self, revocation: Revocation) -> None:
+    def apply(self, revocation: Revocation) -> None:
+        """Refuse this here, at once."""
         if revocation.family:
             self._memory.revoke_family(revocation.family, revocation.until)
         if revocation.token:
             self._memory.revoke_token(revocation.token, revocation.until)
         if revocation.user:
             self._memory.revoke_user(revocation.user, revocation.issued_before, revocation.until)
+            # Their role may have changed, or they are gone: their keys act as them.
+            self._keys.forget_user(revocation.user)
+        if revocation.key:
+            with contextlib.suppress(ValueError):
+                self._keys.forget(bytes.fromhex(revocation.key))

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -10,31 +11,51 @@ from lucid.core.security.jwt import KeyMaterialError, TokenVerifier
 
 REFRESH_SECONDS: Final = 300.0
 RETRY_SECONDS: Final = 5.0
+UNKNOWN_KEY_SECONDS: Final = 30.0
+"""Between two fetches for tokens that name an unknown key: anyone can invent such tokens."""
 
 _log = logging.getLogger(__name__)
 
 
 class SigningKeys:
-    """Fetches the key set, and again every five minutes. `fetch` gets a URL and returns the body of a 200
-    answer.
+    """Fetches the key set, again every five minutes, and when a token names a key that is not in it. `fetch` gets a
+    URL and returns the body of a 200 answer. Hand it its verifier with `attach` before anything else.
     """
 
     def __init__(
         self,
         url: str,
         fetch: Callable[[str], Awaitable[bytes]],
-        verifier: TokenVerifier,
-        memory: TokenMemory,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._url = url
         self._fetch = fetch
-        self._verifier = verifier
-        self._memory = memory
+        self._monotonic = monotonic
         self._document = b""
+        self._fetched_at = -UNKNOWN_KEY_SECONDS
+        self._loading: asyncio.Task[bool] | None = None
         self.loaded = False
 
+    def attach(self, verifier: TokenVerifier, memory: TokenMemory) -> None:
+        self._verifier = verifier
+        self._memory = memory
+
+    def may_fetch(self) -> bool:
+        """Whether a token that names an unknown key may cause a fetch now, or can wait for one that is under way."""
+        if self._loading is not None and not self._loading.done():
+            return True
+        return self._monotonic() - self._fetched_at >= UNKNOWN_KEY_SECONDS
+
     async def load(self) -> bool:
-        """Fetch once. False where that failed: the keys held so far stay in use, and the log says why."""
+        """Fetch once; who asks meanwhile shares it. False where that failed: the keys held so far stay in use, and
+        the log says why.
+        """
+        if self._loading is None or self._loading.done():
+            self._fetched_at = self._monotonic()
+            self._loading = asyncio.create_task(self._load(), name="lucid signing keys")
+        return await asyncio.shield(self._loading)
+
+    async def _load(self) -> bool:
         try:
             document = await self._fetch(self._url)
             if document == self._document:

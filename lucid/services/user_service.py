@@ -1,17 +1,73 @@
-"""Who the platform's users are, as callers may see them."""
+"""Who the platform's users are: registering, looking, changing, deleting.
 
-from typing import TYPE_CHECKING
+A change is judged by the rules (user_rules.py), proven (the current password, a wallet's signature), and written in one
+atomic operation that demands of the stored user what the judgement rested on. If that has changed meanwhile, the
+judgement is made again.
+
+What ends with a change of role or password, and with a deletion, is written by that same operation: the moment up to
+which the user's access tokens are dead. Telling the workers comes after; should this process die in between, they read
+it in MongoDB (revocation_watch.py). What a caller who leaves must not interrupt runs to its end in a task of its own.
+"""
+
+import asyncio
+import datetime as dt
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+from weakref import WeakValueDictionary
 
 import msgspec
+from msgspec import UNSET
 
-from lucid.core.exchange import ROLES, Principal, Role
+from lucid.core.exchange import Principal, Role, RoleName
+from lucid.core.security import nonces
 from lucid.core.security.roles import PERMISSIONS
-from lucid.core.validation import is_user_id
-from lucid.database.documents import UserDocument
+from lucid.core.security.tron import verify as verify_wallet
+from lucid.core.validation import (
+    Moment,
+    bad_field,
+    checked_address,
+    checked_email,
+    checked_password,
+    email_key,
+)
+from lucid.database.documents import UserDocument, milliseconds
 from lucid.errors import ErrorCode, GatewayError, rfc3339
+from lucid.services.login_types import Caller, record, utc
+from lucid.services.revocations import Revocations, of_user, user_moment
+from lucid.services.unbroken import Unbroken
+from lucid.services.user_rules import (
+    UserChanges,
+    check_rank,
+    check_rights,
+    check_shape,
+    effective_role,
+    forbidden,
+    no_such_user,
+    target,
+)
 
 if TYPE_CHECKING:
+    from lucid.database.api_key_repository import ApiKeyRepository
+    from lucid.database.refresh_token_repository import RefreshTokenRepository
     from lucid.database.user_repository import UserRepository
+    from lucid.services.challenges import Challenges
+    from lucid.services.login_delays import LoginDelays
+    from lucid.services.password_hashing import PasswordHashing
+
+__all__ = ["UserPage", "UserService", "UserView", "effective_role"]
+
+MOST_JUDGEMENTS: Final = 5
+"""How often one change is judged anew because the user was changed meanwhile."""
+
+_JUDGED: Final = ("role", "tron_address", "password", "tokens_revoked_at")
+"""What a change rests on: of the stored user these must be as they were read."""
+_BEHIND: Final = dt.timedelta(milliseconds=2)
+"""A token of whoever has read `tokens_revoked_at` is issued one millisecond behind it, or later."""
+
+_log: Final = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class UserView(msgspec.Struct, frozen=True):
@@ -20,40 +76,309 @@ class UserView(msgspec.Struct, frozen=True):
     user_id: str
     tron_address: str | None
     email: str | None
-    role: str
+    role: RoleName
     permissions: tuple[str, ...]
-    created_at: str
-    updated_at: str
-    last_login_at: str | None
+    created_at: Moment
+    updated_at: Moment
+    last_login_at: Moment | None
 
 
-def effective_role(user: UserDocument, admin_addresses: frozenset[str]) -> Role:
-    """The role that counts now: `super_admin` while the address is listed, else the stored one.
+class UserPage(msgspec.Struct, frozen=True):
+    """One page of the users, newest first. `total`: how many there are on all pages."""
 
-    Computed each time and never stored, so that taking an address off the list takes effect at the next
-    refresh. A stored name that is no role gives the lowest.
-    """
-    if user.tron_address is not None and user.tron_address in admin_addresses:
-        return Role.SUPER_ADMIN
-    return ROLES.get(user.role, Role.USER)
+    items: list[UserView]
+    page: int
+    limit: int
+    total: int
+
+
+class _Proofs(msgspec.Struct):
+    """What the caller has proven in this request. It outlives a judgement: a challenge is spent once."""
+
+    verified: str | None = None
+    """The stored password that the current one was found to be."""
+    hashed: str | None = None
+    """The new password, ready to be stored."""
+    spent: bool = False
+    """The challenge for the new address."""
 
 
 class UserService:
-    """Reads users. Raises NOT_FOUND for those who are not there and, alike, for those one may not see."""
+    """One per worker. Its methods raise GatewayError, NOT_FOUND for users who are not there and, alike, for those
+    whom one may not see.
 
-    def __init__(self, users: "UserRepository", admin_addresses: frozenset[str]) -> None:
+    `registration`: whether emails and passwords are this gateway's own; where the authentication cluster has them
+    they are NOT_IMPLEMENTED.
+    """
+
+    def __init__(
+        self,
+        *,
+        users: "UserRepository",
+        refresh_tokens: "RefreshTokenRepository",
+        api_keys: "ApiKeyRepository",
+        revocations: Revocations,
+        challenges: "Challenges",
+        passwords: "PasswordHashing",
+        delays: "LoginDelays",
+        admin_addresses: frozenset[str],
+        wall_clock: Callable[[], float],
+        registration: bool,
+    ) -> None:
         self._users = users
+        self._refresh_tokens = refresh_tokens
+        self._api_keys = api_keys
+        self._revocations = revocations
+        self._challenges = challenges
+        self._passwords = passwords
         self._admin_addresses = admin_addresses
+        self._wall_clock = wall_clock
+        self._registration = registration
+        self._delays = delays
+        self._registering: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._unbroken = Unbroken()
+
+    async def register(self, email: str, password: str, caller: Caller) -> UserView:
+        """Make a user with the role `user`. Raises CONFLICT where the email is a live user's, BAD_FIELD."""
+        if not self._registration:
+            raise _elsewhere("Registration")
+        checked_email(email)
+        checked_password(password, email)
+        # One at a time for one email: a hash costs a fifth of a second of a core, and of many registrations of one
+        # email all but the first are conflicts. Between workers the unique index decides.
+        async with self._registering.setdefault(email_key(email), asyncio.Lock()):
+            if await self._users.find_by_email(email) is not None:
+                raise _conflict("email")
+            now = self._now()
+            user = await self._users.create(
+                UserDocument(
+                    user_id=nonces.new_id(),
+                    live=True,
+                    role=Role.USER.label,
+                    created_at=now,
+                    updated_at=now,
+                    email=email,
+                    password=await self._passwords.hash(password),
+                )
+            )
+        record("user_created", caller, user_id=user.user_id)
+        return self._view(user)
 
     async def get(self, user_id: str, principal: Principal) -> UserView:
         """The user of this id, or the caller for `me`."""
-        if user_id == "me":
-            user_id = principal.user_id
-        if not is_user_id(user_id) or (user_id != principal.user_id and principal.role < Role.ADMIN):
-            raise GatewayError(ErrorCode.NOT_FOUND, "No such user")
+        return self._view(await self._find(target(user_id, principal)))
+
+    async def list_users(
+        self,
+        page: int,
+        limit: int,
+        principal: Principal,
+        *,
+        email: str | None = None,
+        tron_address: str | None = None,
+        role: str | None = None,
+    ) -> UserPage:
+        """For admins: a page, from 1, of the users to whom all filters apply. `role` is the one that counts."""
+        if principal.role < Role.ADMIN:
+            raise forbidden("Only admins may list users")
+        if tron_address is not None:
+            checked_address(tron_address)
+        users, total = await self._users.list_users(
+            (page - 1) * limit,
+            limit,
+            email=email,
+            tron_address=tron_address,
+            role=role,
+            super_admin_addresses=self._admin_addresses,
+        )
+        return UserPage([self._view(user) for user in users], page, limit, total)
+
+    async def update(
+        self, user_id: str, changes: UserChanges, principal: Principal, caller: Caller
+    ) -> UserView:
+        """Apply all of `changes`, or none and raise.
+
+        BAD_FIELD, NOT_FOUND, ROLE_TOO_LOW (whatever this caller may not do to this user), CONFLICT; what was to be
+        proven and was not: BAD_CREDENTIAL (the current password; RATE_LIMITED after too many wrong ones),
+        BAD_SIGNATURE, UNKNOWN_CHALLENGE; BACKEND_UNAVAILABLE where too many passwords are being checked. After a
+        change of role or password the user's access tokens are dead, the caller's own too.
+        """
+        user_id = target(user_id, principal)
+        own = user_id == principal.user_id
+        check_shape(changes)
+        check_rights(changes, principal, own)
+        if changes.password is not UNSET and not self._registration:
+            raise _elsewhere("A password")
+        proofs = _Proofs()
+        for _ in range(MOST_JUDGEMENTS):
+            user = await self._find(user_id)
+            check_rank(effective_role(user, self._admin_addresses), principal, own)
+            await self._check_proofs(user, changes, proofs, caller)
+            data = _differences(user, changes, proofs)
+            if not data:
+                return self._view(user)
+            written = await self._unbroken(self._write(user, data, principal, caller))
+            if written is not None:
+                return self._view(written)
+        raise _changing()
+
+    async def delete(self, user_id: str, principal: Principal, caller: Caller) -> None:
+        """Delete a user; the row stays for the record. Their address and email are free, their tokens dead at once."""
+        user_id = target(user_id, principal)
+        for _ in range(MOST_JUDGEMENTS):
+            user = await self._find(user_id)
+            check_rank(effective_role(user, self._admin_addresses), principal, user_id == principal.user_id)
+            if await self._unbroken(self._delete(user, principal, caller)):
+                return
+        raise _changing()
+
+    async def _check_proofs(
+        self, user: UserDocument, changes: UserChanges, proofs: _Proofs, caller: Caller
+    ) -> None:
+        """What `changes` need besides a right. The cheap questions first, and last what cannot be taken back."""
+        taken = []
+        if changes.email is not UNSET and await self._is_taken(user, email=changes.email):
+            taken.append("email")
+        if changes.tron_address is not UNSET and await self._is_taken(
+            user, tron_address=changes.tron_address
+        ):
+            taken.append("tron_address")
+        # Looked at before the challenge is spent. Whoever loses a race for the address after this needs a new one:
+        # spending comes before writing, since a challenge that lets two requests write is worse.
+        nonce = None
+        if changes.tron_address is not UNSET and not proofs.spent:
+            nonce = await self._signed_challenge(changes)
+        if changes.password is not UNSET:
+            await self._check_password(user, changes, proofs, caller)
+        if taken:
+            raise _conflict(*taken)
+        if changes.password is not UNSET and proofs.hashed is None:
+            proofs.hashed = await self._passwords.hash(changes.password)
+        if nonce is not None:
+            if not await self._challenges.spend(str(changes.tron_address), nonce):
+                raise GatewayError(ErrorCode.UNKNOWN_CHALLENGE)
+            proofs.spent = True
+
+    async def _is_taken(
+        self, user: UserDocument, *, email: str | None = None, tron_address: str | None = None
+    ) -> bool:
+        """Whether another live user has it. The unique index decides in the end."""
+        if email is not None:
+            holder = await self._users.find_by_email(email)
+        else:
+            holder = await self._users.find_by_tron_address(tron_address or "")
+        return holder is not None and holder.user_id != user.user_id
+
+    async def _signed_challenge(self, changes: UserChanges) -> str:
+        """The nonce of the outstanding challenge that the new address has signed."""
+        address, message = str(changes.tron_address), str(changes.message)
+        nonce = await self._challenges.find(address, message)
+        if nonce is None:
+            raise GatewayError(ErrorCode.UNKNOWN_CHALLENGE)
+        if not verify_wallet(address, message.encode(), str(changes.signature)):
+            raise GatewayError(ErrorCode.BAD_SIGNATURE)
+        return nonce
+
+    async def _check_password(
+        self, user: UserDocument, changes: UserChanges, proofs: _Proofs, caller: Caller
+    ) -> None:
+        email = user.email if changes.email is UNSET else changes.email
+        if email is None:
+            raise bad_field("email", "is needed to log in with a password")
+        checked_password(str(changes.password), email)
+        if user.password is None:
+            if changes.current_password is not UNSET:
+                raise bad_field("current_password", "must be absent: no password is set yet")
+            return
+        if changes.current_password is UNSET:
+            raise bad_field("current_password", "is missing")
+        if proofs.verified == user.password:
+            return
+        # A stolen token is no way to guess the password that it does not tell, so guesses here are slowed down as
+        # they are at the login. The answer is a 401 as for every other proof that fails, a signature's too; what
+        # failed the details say, so that nobody takes it for the token.
+        attempt = await self._delays.admit(user.email or email, caller.address)
+        try:
+            right = await self._passwords.verify(changes.current_password, user.password)
+        except GatewayError:
+            await self._delays.withdrawn(attempt)
+            raise
+        if not right:
+            record("password_change_failed", caller, user_id=user.user_id)
+            raise GatewayError(
+                ErrorCode.BAD_CREDENTIAL,
+                "The current password is not right",
+                details={"field": "current_password"},
+            )
+        await self._delays.succeeded(attempt)
+        proofs.verified = user.password
+
+    async def _write(
+        self, user: UserDocument, data: dict[str, Any], principal: Principal, caller: Caller
+    ) -> UserDocument | None:
+        """Store `data` and end what must end with it; None where the user is not as judged any more."""
+        before = effective_role(user, self._admin_addresses)
+        after = effective_role(msgspec.structs.replace(user, **data), self._admin_addresses)
+        ends_tokens = "role" in data or "password" in data or before is not after
+        now = self._wall_clock()
+        if "password" in data:
+            # Before the write: if this process dies behind it, no login of the old password lives on. If the write
+            # fails, the user has to log in again, which loses nothing.
+            await self._refresh_tokens.revoke_user(user.user_id, utc(now))
+        written = await self._users.update(
+            user.user_id,
+            data,
+            expected=_as_judged(user),
+            revoke_tokens_at=_dead_until(user, now) if ends_tokens else None,
+        )
+        if written is None:
+            return None
+        if ends_tokens and written.tokens_revoked_at is not None:
+            await self._revocations.revoke(of_user(user.user_id, written.tokens_revoked_at.timestamp()))
+        if "password" in data:
+            await self._end_logins(user.user_id)
+        who = {"user_id": user.user_id, "by": principal.user_id, "via": principal.via}
+        if "role" in data or before is not after:
+            given = {} if written.role == after.label else {"stored": written.role}
+            record("role_changed", caller, **who, **{"from": before.label, "to": after.label}, **given)
+        for field, event in _EVENTS.items():
+            if field in data:
+                record(event, caller, **who)
+        return written
+
+    async def _delete(self, user: UserDocument, principal: Principal, caller: Caller) -> bool:
+        """Delete and end what must end with it; False where the user is not as judged any more."""
+        moment = _dead_until(user, self._wall_clock())
+        # The write alone is enough: without a live owner neither a refresh token nor an API key opens anything.
+        if not await self._users.delete(user.user_id, expected=_as_judged(user), revoke_tokens_at=moment):
+            return False
+        await self._revocations.revoke(of_user(user.user_id, moment.timestamp()))
+        await self._end_logins(user.user_id)
+        try:
+            # Should the authentication cluster bring the user back, the keys stay dead.
+            await self._api_keys.revoke_all(user.user_id, self._now())
+        except GatewayError:
+            _log.warning("the API keys of the deleted user %s were not ended one by one", user.user_id)
+        record("user_deleted", caller, user_id=user.user_id, by=principal.user_id, via=principal.via)
+        return True
+
+    async def _end_logins(self, user_id: str) -> None:
+        """Behind a write: those that began with the old password while it was being written, all of a deleted user.
+
+        What was asked for is done, and telling the caller otherwise would be wrong: who repeats it is refused.
+        """
+        try:
+            await self._refresh_tokens.revoke_user(user_id, self._now())
+        except GatewayError:
+            _log.warning("logins of the user %s that began a moment ago were not ended", user_id)
+
+    async def _find(self, user_id: str) -> UserDocument:
         user = await self._users.find_by_id(user_id)
         if user is None:
-            raise GatewayError(ErrorCode.NOT_FOUND, "No such user")
+            raise no_such_user()
+        return user
+
+    def _view(self, user: UserDocument) -> UserView:
         role = effective_role(user, self._admin_addresses)
         return UserView(
             user_id=user.user_id,
@@ -65,3 +390,44 @@ class UserService:
             updated_at=rfc3339(user.updated_at),
             last_login_at=None if user.last_login_at is None else rfc3339(user.last_login_at),
         )
+
+    def _now(self) -> dt.datetime:
+        return utc(self._wall_clock())
+
+
+_EVENTS: Final = {"password": "password_changed", "email": "email_changed", "tron_address": "wallet_changed"}
+
+
+def _differences(user: UserDocument, changes: UserChanges, proofs: _Proofs) -> dict[str, Any]:
+    """What is to be stored, the fields that are so already left out."""
+    wanted = {"email": changes.email, "tron_address": changes.tron_address, "role": changes.role}
+    data = {name: value for name, value in wanted.items() if value not in (UNSET, getattr(user, name))}
+    if proofs.hashed is not None:
+        data["password"] = proofs.hashed
+    return data
+
+
+def _dead_until(user: UserDocument, now: float) -> dt.datetime:
+    """Up to when the user's tokens die by a change at `now`.
+
+    Beyond the moment of the change before, although that may lie ahead of this worker's clock: a token of the time
+    between the two was issued just behind it.
+    """
+    moment = milliseconds(utc(user_moment(now)))
+    return moment if user.tokens_revoked_at is None else max(moment, user.tokens_revoked_at + _BEHIND)
+
+
+def _as_judged(user: UserDocument) -> dict[str, Any]:
+    return {name: getattr(user, name) for name in _JUDGED}
+
+
+def _changing() -> GatewayError:
+    return GatewayError(ErrorCode.CONFLICT, "This user is being changed by others; try again")
+
+
+def _conflict(*fields: str) -> GatewayError:
+    return GatewayError(ErrorCode.CONFLICT, details={"fields": list(fields)})
+
+
+def _elsewhere(what: str) -> GatewayError:
+    return GatewayError(ErrorCode.NOT_IMPLEMENTED, f"{what} is the authentication cluster's business")

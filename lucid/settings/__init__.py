@@ -130,7 +130,8 @@ class Settings(msgspec.Struct, frozen=True):
     stores: StoreSettings = StoreSettings()
     rates: RateSettings = RateSettings()
     circuit: CircuitSettings = CircuitSettings()
-    auth_service_url: str = ""
+    auth_service: BackendSettings | None = None
+    """The authentication cluster; None: the gateway issues tokens itself."""
     auth_service_issuers: tuple[str, ...] = ()
     backends: tuple[BackendSettings, ...] = ()
     routes: tuple[RouteSettings, ...] = ()
@@ -160,13 +161,8 @@ def load_settings(environ: Mapping[str, str], *, serve: bool = True) -> Settings
 
 
 def not_served(settings: Settings) -> list[str]:
-    """What these settings ask for that this version does not do, one line each. It is refused rather than ignored:
-    a gateway that quietly issued its own tokens beside an authentication cluster would be a hole."""
+    """What these settings ask for that this version does not do, one line each. It is refused rather than ignored."""
     faults = []
-    if settings.auth_service_url:
-        faults.append(
-            "AUTH_SERVICE_URL: must be empty, the authentication cluster is not served by this version yet"
-        )
     if settings.stores.redis_uri.startswith("redis+cluster://"):
         faults.append(
             "REDIS_URI: must name one server or sentinels, redis+cluster:// is not served by this version yet"

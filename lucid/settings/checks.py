@@ -141,7 +141,7 @@ def tron_address(text: str) -> str:
     from lucid.core.security.tron import is_address
 
     if not is_address(text):
-        raise ValueError("must be a TRON address (T and 33 more characters of base58, with a right checksum)")
+        raise ValueError("must be T and 33 more characters of base58, with a right checksum")
     return text
 
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable
 
 from lucid.core.rules.routes import Route
-from lucid.settings import RouteSettings, Settings
+from lucid.settings import BackendSettings, RouteSettings, Settings
 from lucid.settings.checks import mask_uri
 
 _UNITS = (("GB", 1024**3), ("MB", 1024**2), ("KB", 1024))
@@ -40,12 +40,9 @@ def describe(settings: Settings) -> list[tuple[str, str]]:
         ("JWT_LEEWAY_SECONDS", str(tokens.leeway_seconds)),
         ("TOKEN_EXPIRE_MINUTES", str(tokens.access_minutes)),
         ("REFRESH_TOKEN_EXPIRE_DAYS", str(tokens.refresh_days)),
-        ("AUTH_SERVICE_URL", settings.auth_service_url),
+        ("AUTH_SERVICE_URL", _endpoints(settings.auth_service) if settings.auth_service else ""),
         ("AUTH_SERVICE_ISSUERS", ",".join(settings.auth_service_issuers)),
-        *(
-            (f"backend {backend.name}", ",".join(e.label for e in backend.endpoints))
-            for backend in settings.backends
-        ),
+        *((f"backend {backend.name}", _endpoints(backend)) for backend in settings.backends),
         ("RATE_LIMIT_PUBLIC", _limit(rates.public)),
         ("RATE_LIMIT_AUTHENTICATED", _limit(rates.authenticated)),
         ("RATE_LIMIT_ADMIN", _limit(rates.admin)),
@@ -106,6 +103,10 @@ def columns(rows: list[tuple[str, ...]]) -> str:
     return os.linesep.join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def _endpoints(backend: BackendSettings) -> str:
+    return ",".join(endpoint.label for endpoint in backend.endpoints)
 
 
 def _options(route: RouteSettings) -> list[str]:

@@ -159,7 +159,10 @@ def read(environ: Mapping[str, str], *, serve: bool) -> Settings:
         env.value("CIRCUIT_RECOVERY_SECONDS", 30.0, lambda text: _number(text, 86_400.0)),
         env.integer("CIRCUIT_SUCCESS_THRESHOLD", 2, 1, 1_000_000),
     )
-    auth_url = env.value("AUTH_SERVICE_URL", "", checks.url)
+    auth_endpoints = env.many("AUTH_SERVICE_URL", checks.endpoint)
+    auth_service = (
+        BackendSettings("auth-service", auth_endpoints, health_path="/health") if auth_endpoints else None
+    )
     issuers = env.many("AUTH_SERVICE_ISSUERS", str)
     if issuers and not env.text("AUTH_SERVICE_URL"):
         env.fault(
@@ -179,7 +182,7 @@ def read(environ: Mapping[str, str], *, serve: bool) -> Settings:
     env.faults += [f"{name}: must not be set: no such setting" for name in env.unknown()]
     if env.faults:
         raise SettingsError(env.faults)
-    return Settings(server, tokens, stores, rates, circuit, auth_url, issuers, backends, routes)
+    return Settings(server, tokens, stores, rates, circuit, auth_service, issuers, backends, routes)
 
 
 def _server(env: _Environment) -> ServerSettings:

@@ -45,6 +45,9 @@ OWN_PATHS = (
 )
 """What the gateway answers itself. Below a session (`/api/v1/sessions/*/chunks`) the data is a backend's."""
 
+DEPENDENCIES = frozenset({"auth-service", "mongodb", "redis", "revocations"})
+"""The other names that readiness may list as missing."""
+
 OWN_LIMITS = frozenset({"public", "authenticated", "admin", "login", "refresh"})
 """Their counters live under these names already. `chain` is a file limit like any other."""
 
@@ -159,6 +162,8 @@ def _backend(declared: _Table, name: str, before: BackendSettings | None) -> Bac
     assert table is not None
     try:
         checks.name(name)
+        if name in DEPENDENCIES:
+            raise ValueError(f"must not be {name}, as the health answers call what the gateway depends on")
     except ValueError as fault:
         table.fault("", f"the name {fault}")
     endpoints: tuple[EndpointSettings, ...] = table.many(

@@ -180,9 +180,11 @@ def test_faults_of_login(run: Callable[[Test], None]) -> None:
             )
             return answer.status_code, answer.json()["error"]
 
+        status, error = await login({"email": "ann@example.org", "password": "p"})
+        assert (status, error["code"]) == (401, "LUCID_ERR_2003")
         status, error = await login({"email": "a@b.c", "password": "p"})
-        assert (status, error["code"]) == (501, "LUCID_ERR_5007")
-        status, error = await login({"email": "a@b.c"})
+        assert (status, error["details"]["field"]) == (400, "email")
+        status, error = await login({"email": "ann@example.org"})
         assert (status, error["details"]) == (400, {"field": "password", "reason": "is missing"})
         status, error = await login({"tron_address": "T" * 34, "email": "a@b.c"})
         assert (status, error["code"]) == (400, "LUCID_ERR_1003")

@@ -1,9 +1,11 @@
 """One exchange through all its phases: ids and fields towards both sides, answers of our own, needs, the one exit."""
 
+import datetime as dt
 import hashlib
 import re
 from typing import Any
 
+import msgspec
 import pytest
 
 from lucid.core.exchange import Limit, Phase, Source
@@ -15,6 +17,7 @@ from tests.support.talks import ANSWERED, GET, LOST, OK
 from tests.support.wire import ALICE, PEER, Caller, World, in_loop
 
 KEY = "lucid_" + "k" * 43
+KEYHOLDER = msgspec.structs.replace(ALICE, via="api_key", expires_at=0.0)
 
 
 def get(path: str, *fields: str) -> bytes:
@@ -71,7 +74,7 @@ HIS_OWN = [
 @in_loop
 async def test_identity_is_ours_to_tell(credential: str, who: list[str]) -> None:
     world = World()
-    world.keys[hashlib.sha256(KEY.encode()).digest()] = ALICE
+    world.keys[hashlib.sha256(KEY.encode()).digest()] = KEYHOLDER
     lines = await asked(*HIS_OWN, "X-Kept: 1", *filter(None, [credential]), world=world)
     assert values(lines, "x-user-id") == who
     assert values(lines, "x-user-role") == ["user" for _ in who]
@@ -385,7 +388,7 @@ async def test_a_preflights_answer_has_a_date() -> None:
 @in_loop
 async def test_a_key_is_looked_up_and_remembered() -> None:
     world = World()
-    world.keys[hashlib.sha256(KEY.encode()).digest()] = ALICE
+    world.keys[hashlib.sha256(KEY.encode()).digest()] = KEYHOLDER
     caller = Caller(world, PEER)
     for _ in range(2):
         await caller.send(get("/user/a", f"X-API-Key: {KEY}"))
@@ -422,9 +425,38 @@ async def test_a_look_up_that_fails(error: Exception, told: str, code: str, capl
 
 
 @in_loop
+async def test_a_look_up_that_fails_makes_its_caller_public_where_all_may_come() -> None:
+    world = World()
+    away = GatewayError(ErrorCode.DEPENDENCY_AWAY)
+    world.keys[hashlib.sha256(KEY.encode()).digest()] = away  # type: ignore[assignment]
+    caller = Caller(world, PEER)
+    await caller.send(get("/open/a", f"X-API-Key: {KEY}"))
+    assert "X-User-Id" not in world.backend.text
+    world.upstreams[0].deliver(OK)
+    assert caller.log.text == ANSWERED
+    assert len(world.looked_up) == 1
+    world.check()
+
+
+@in_loop
+async def test_a_key_is_not_remembered_beyond_its_own_end() -> None:
+    world = World()
+    now = dt.datetime(2026, 1, 10, 19, 8, tzinfo=dt.UTC).timestamp()
+    ending = msgspec.structs.replace(KEYHOLDER, expires_at=now + 2.0)
+    world.keys[hashlib.sha256(KEY.encode()).digest()] = ending
+    caller = Caller(world, PEER)
+    for seconds, looked_up in ((0.0, 1), (1.9, 1), (0.2, 2)):
+        await world.advance(seconds)
+        await caller.send(get("/user/a", f"X-API-Key: {KEY}"))
+        world.upstreams[0].deliver(OK)
+        assert len(world.looked_up) == looked_up
+    world.check()
+
+
+@in_loop
 async def test_what_arrives_while_a_need_is_met_waits_its_turn() -> None:
     world = World()
-    world.keys[hashlib.sha256(KEY.encode()).digest()] = ALICE
+    world.keys[hashlib.sha256(KEY.encode()).digest()] = KEYHOLDER
     caller = Caller(world, PEER)
     caller.transport.deliver(get("/user/a", f"X-API-Key: {KEY}"))
     caller.transport.deliver(GET)

@@ -41,6 +41,7 @@ KEYS: dict[str, Principal | ErrorCode] = {
     "good": Principal(Role.USER, "authenticated", "alice", "alice", via="api_key"),
     "old": ErrorCode.CREDENTIAL_EXPIRED,
 }
+FOREIGN = {"foreign-good": ALICE}
 CHAIN = Limit("chain", 3)
 LOGIN = Limit("login", 2, per="address")
 ROUTES = (
@@ -66,12 +67,13 @@ class Court:
         self.leases.away = away
         self.store = Store()
         self.keys = KeyMemory()
+        self.tokens = TokenMemory(self._verify, lambda: 0.0, 100)
         self.breaker = SpyBreaker("core")
         self.verified = 0
         self.policy = Policy(
             routes=RouteTable.build(ROUTES),
             tiers=[Limit("public", public), Limit("authenticated", user), Limit("admin", 9)],
-            tokens=TokenMemory(self._verify, lambda: 0.0, 100),
+            tokens=self.tokens,
             keys=self.keys,
             leases=self.leases,
             breakers={"core": self.breaker},
@@ -80,8 +82,10 @@ class Court:
             jitter=lambda: 0.5,
         )
 
-    def _verify(self, token: str) -> Principal | ErrorCode:
+    def _verify(self, token: str) -> Principal | ErrorCode | None:
         self.verified += 1
+        if token.startswith("foreign"):
+            return None
         return TOKENS.get(token, ErrorCode.BAD_CREDENTIAL)
 
     def exchange(self, request: str, *fields: str, address: str = PEER) -> Exchange:
@@ -94,7 +98,13 @@ class Court:
         return self.policy.judge(x, self.now)
 
     def meet(self, x: Exchange, need: Verdict) -> None:
-        if isinstance(need, LookUp):
+        if isinstance(need, LookUp) and need.token:
+            said = FOREIGN.get(need.token, ErrorCode.BAD_CREDENTIAL)
+            if isinstance(said, Principal):
+                self.tokens.remember(need.token, said, self.now, 60.0)
+            else:
+                self.keys.put(need.digest, said, self.now)
+        elif isinstance(need, LookUp):
             answers = {hashlib.sha256(shaped(name).encode()).digest(): known for name, known in KEYS.items()}
             self.keys.put(need.digest, answers.get(need.digest, ErrorCode.BAD_CREDENTIAL), self.now)
         else:
@@ -395,6 +405,47 @@ def test_a_key_of_another_shape_is_not_even_looked_up() -> None:
         assert not isinstance(court.judge(x), LookUp)
         assert x.pending is not None
         assert x.pending.code is ErrorCode.BAD_CREDENTIAL
+
+
+def test_a_token_that_others_must_judge_is_asked_about_once() -> None:
+    court = Court()
+    x = court.exchange("GET /user/a", bearer("foreign-good"))
+    need = court.judge(x)
+    assert need == LookUp(hashlib.sha256(b"foreign-good").digest(), "foreign-good")
+    assert "foreign-good" not in repr(need)
+    court.meet(x, need)
+    assert court.judge(x) is None
+    assert x.principal == ALICE
+    assert court.judge(court.exchange("GET /user/a", bearer("foreign-good"))) is None
+    court.now += 60.0
+    assert isinstance(court.judge(court.exchange("GET /user/a", bearer("foreign-good"))), LookUp)
+
+
+def test_a_token_that_others_refuse_is_remembered_and_charged_to_its_address() -> None:
+    court = Court()
+    assert court.code("GET /user/a", bearer("foreign-bad")) == "BAD_CREDENTIAL"
+    assert court.charged == {ADDRESS: 1}
+    assert isinstance(court.judge(court.exchange("GET /user/a", bearer("foreign-bad"))), Refusal)
+    assert court.code("GET /open/a", bearer("foreign-bad")) == ""
+
+
+@pytest.mark.parametrize("credential", [key("good"), bearer("foreign-good")])
+def test_nobody_is_asked_where_the_answer_changes_nothing(credential: str) -> None:
+    court = Court()
+    x = court.exchange("GET /health", credential)
+    assert court.judge(x) is None
+    assert x.principal.role is Role.PUBLIC
+
+
+@pytest.mark.parametrize("credential", [key("good"), bearer("foreign-good")])
+def test_a_credential_that_nobody_can_be_asked_about_makes_its_caller_public(credential: str) -> None:
+    court = Court()
+    x = court.exchange("GET /open/a", credential)
+    assert isinstance(court.judge(x), LookUp)
+    x.credential_lost = True
+    assert court.judge(x) is None
+    assert x.principal.role is Role.PUBLIC
+    assert court.charged == {ADDRESS: 1}
 
 
 def test_a_bad_key_is_remembered_too() -> None:

@@ -1,11 +1,15 @@
 """The border to MongoDB: what happens without it, and what becomes of its errors."""
 
 import asyncio
+import datetime as dt
 import time
 
 import pytest
+from bson.errors import InvalidDocument
 from pymongo.errors import (
     AutoReconnect,
+    BulkWriteError,
+    DocumentTooLarge,
     DuplicateKeyError,
     NotPrimaryError,
     OperationFailure,
@@ -71,6 +75,24 @@ def test_errors_become_ours() -> None:
             assert code_of(connection, error).code is ErrorCode.DEPENDENCY_AWAY
             assert code_of(connection, error).details == {"dependency": "mongodb"}
             assert code_of(connection, error).fields == (("Retry-After", "5"),)
+        names = {"email": "E-Mail"}
+        with pytest.raises(GatewayError) as caught, connection.border(names):
+            raise duplicate
+        assert caught.value.details == {"fields": ["E-Mail"]}
+        duplicates = {"writeErrors": [{"code": 11_000, "keyPattern": {"_id": 1}}]}
+        assert code_of(connection, BulkWriteError(duplicates)).details == {"fields": ["_id"]}
+        for details in ({"writeErrors": [{"code": 14}]}, {"writeErrors": [], "writeConcernErrors": [{}]}):
+            assert code_of(connection, BulkWriteError(details)).code is ErrorCode.DEPENDENCY_AWAY
+        for error in (
+            DocumentTooLarge("x"),
+            InvalidDocument("x"),
+            OverflowError("x"),
+            RecursionError("x"),
+            UnicodeEncodeError("utf-8", "x", 0, 1, "x"),
+            OperationFailure("Overflow", 15),
+            OperationFailure("BSONObjectTooLarge", 10_334),
+        ):
+            assert code_of(connection, error).code is ErrorCode.BAD_FIELD
         with pytest.raises(KeyError), connection.border():
             raise KeyError("ours")
         connection.close()
@@ -112,7 +134,7 @@ def test_it_is_made_without_mongodb_and_works_once_it_is_there(
         for operation in (
             users.find_by_id("x"),
             users.upsert_by_tron_address("T", "id"),
-            users.delete("x"),
+            users.delete("x", revoke_tokens_at=dt.datetime.now(dt.UTC)),
         ):
             with pytest.raises(GatewayError) as caught:
                 await operation
@@ -148,19 +170,3 @@ def test_it_is_made_without_mongodb_and_works_once_it_is_there(
 
     with stores.mongodb(start=False) as child:
         asyncio.run(main(child))
-
-
-def test_indexes_are_made_once_and_again_without_harm(mongo: stores.MongoChild) -> None:
-    async def main() -> None:
-        connection = Connection(mongo.in_database("indexes"))
-        first, second = Indexes(connection), Indexes(connection)
-        await asyncio.gather(*(first.ensure() for _ in range(20)))
-        await second.ensure()
-        assert first.made
-        assert second.made
-        await second.keep_trying()  # ends at once
-        names = await connection.database["users"].index_information()
-        assert {"live_tron_address", "live_email", "newest_first"} <= set(names)
-        connection.close()
-
-    asyncio.run(main())

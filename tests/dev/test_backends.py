@@ -96,6 +96,52 @@ def test_chunks_come_back_as_they_were_and_to_their_owner_alone(demo: dict[str, 
     assert sessions.put(f"{base}/chunks/0", content=b"x", headers=BOB).status_code == 404
 
 
+def test_sessions_are_announced_and_terminated_as_the_gateway_does_it(demo: dict[str, httpx.Client]) -> None:
+    sessions, path, name = demo["sessions"], "/api/v1/sessions", "announced-1"
+    told = {"session_id": name, "user_id": "alice", "status": "INITIALIZING", "metadata": {}}
+
+    def announce(key: str = "k-1", headers: dict[str, str] = ALICE, **changes: Any) -> int:
+        body = {**told, **changes}
+        return sessions.post(path, json=body, headers={**headers, "idempotency-key": key}).status_code
+
+    assert sessions.delete(f"{path}/{name}", headers=ALICE).status_code == 404
+    assert announce() == 201
+    assert announce() == 200  # the same once more
+    assert announce("k-2") == 409
+    assert announce(headers=BOB) == 400
+    assert announce(headers=BOB, user_id="bob") == 409
+    assert announce(session_id="short") == announce(session_id=7) == announce(user_id=None) == 400
+    assert sessions.post(path, json=told).status_code == 401
+    assert sessions.post(path, json=[], headers=ALICE).status_code == 400
+
+    # From then on it is the owner's, before a chunk was written.
+    assert sessions.put(f"{path}/{name}/chunks/0", content=b"x", headers=BOB).status_code == 404
+    assert sessions.put(f"{path}/{name}/chunks/0", content=b"x", headers=ALICE).status_code == 200
+    assert sessions.delete(f"{path}/{name}", headers=BOB).status_code == 404
+    for _ in range(2):
+        assert sessions.delete(f"{path}/{name}", headers=ALICE).status_code == 204
+    assert sessions.get(f"{path}/{name}/pipeline", headers=ALICE).json() == {
+        "session_id": name,
+        "state": "terminated",
+        "chunks": 1,
+    }
+    # What was recorded stays, nothing is added, and an announcement that comes late brings nothing back to life.
+    assert sessions.get(f"{path}/{name}/chunks/0", headers=ALICE).content == b"x"
+    assert sessions.put(f"{path}/{name}/chunks/1", content=b"x", headers=ALICE).status_code == 409
+    assert sessions.post(f"{path}/{name}/pipeline/start", headers=ALICE).status_code == 409
+    assert announce() == 200
+    assert sessions.get(f"{path}/{name}/pipeline", headers=ALICE).json()["state"] == "terminated"
+
+
+def test_chunks_may_come_before_the_announcement(demo: dict[str, httpx.Client]) -> None:
+    sessions, path = demo["sessions"], "/api/v1/sessions"
+    assert sessions.put(f"{path}/early-bird/chunks/0", content=b"x", headers=ALICE).status_code == 200
+    body = {"session_id": "early-bird", "user_id": "alice"}
+    headers = {**ALICE, "idempotency-key": "k"}
+    assert [sessions.post(path, json=body, headers=headers).status_code for _ in range(2)] == [201, 200]
+    assert sessions.get(f"{path}/early-bird/chunks/0", headers=ALICE).content == b"x"
+
+
 def test_nodes_register_and_report(demo: dict[str, httpx.Client]) -> None:
     nodes = demo["nodes"]
     answer = nodes.post("/api/v1/nodes", json={"name": "n1"}, headers=ALICE)

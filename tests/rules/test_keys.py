@@ -1,5 +1,7 @@
 """What a worker remembers about API keys, and for how long. Time is a number here."""
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -82,15 +84,43 @@ def test_a_flood_of_bad_keys_pushes_no_good_one_out() -> None:
     assert len(keys) == 4
 
 
-def test_all_is_forgotten_when_anything_was_withdrawn() -> None:
+def test_a_key_that_was_withdrawn_is_asked_for_again_and_no_other() -> None:
     keys = KeyMemory()
-    for number, answer in enumerate(ANSWERS):
+    for number in (0, 1):
+        keys.put(digest(number), FOUND, 0.0)
+    keys.forget(digest(0))
+    keys.forget(digest(7))
+    assert [keys.get(digest(number), 0.0) for number in (0, 1)] == [None, FOUND]
+
+
+def test_all_keys_of_a_user_are_asked_for_again() -> None:
+    other = Principal(Role.USER, "authenticated", "u2", user_id="u2", via="api_key")
+    keys = KeyMemory()
+    for number, answer in enumerate([FOUND, other, FOUND, MISSED]):
         keys.put(digest(number), answer, 0.0)
-    keys.forget_all()
-    assert len(keys) == 0
-    assert [keys.get(digest(number), 0.0) for number in (0, 1)] == [None, None]
-    keys.put(digest(0), FOUND, 0.0)
+    keys.forget_user("u1")
+    assert [keys.get(digest(number), 0.0) for number in range(4)] == [None, other, None, MISSED]
+
+
+@pytest.mark.parametrize(
+    "withdraw", [lambda keys: keys.forget(digest(0)), lambda keys: keys.forget_user("u1")]
+)
+def test_an_answer_from_before_a_withdrawal_is_not_kept(withdraw: Callable[[KeyMemory], None]) -> None:
+    keys = KeyMemory()
+    asked_in = keys.generation
+    withdraw(keys)
+    keys.put(digest(0), FOUND, 0.0, generation=asked_in)
+    assert keys.get(digest(0), 0.0) is None
+    keys.put(digest(0), FOUND, 0.0, generation=keys.generation)
     assert keys.get(digest(0), 0.0) is FOUND
+
+
+def test_a_key_is_not_known_beyond_its_own_end() -> None:
+    keys = KeyMemory()
+    keys.put(digest(0), FOUND, 100.0, seconds_left=2.0)
+    assert (keys.get(digest(0), 101.9), keys.get(digest(0), 102.0)) == (FOUND, None)
+    keys.put(digest(0), FOUND, 100.0, seconds_left=1_000.0)
+    assert (keys.get(digest(0), 109.9), keys.get(digest(0), 110.0)) == (FOUND, None)
 
 
 step = st.tuples(st.integers(0, 7), st.sampled_from([None, *ANSWERS]), st.sampled_from([0.0, 0.5, 1.0, 4.5]))

@@ -25,8 +25,10 @@ class World:
         self.leeway = leeway
         self.memory = TokenMemory(self.verify, lambda: self.wall, capacity, leeway)
 
-    def verify(self, token: str) -> Principal | ErrorCode:
+    def verify(self, token: str) -> Principal | ErrorCode | None:
         self.verified.append(token)
+        if token.startswith("foreign"):
+            return None
         principal = self.tokens.get(token)
         if principal is None:
             return BAD
@@ -44,7 +46,7 @@ class World:
         )
         return self.tokens[token]
 
-    def ask(self, token: str) -> Principal | ErrorCode:
+    def ask(self, token: str) -> Principal | ErrorCode | None:
         return self.memory.principal(token, self.now)
 
     def advance(self, seconds: float) -> None:
@@ -188,6 +190,62 @@ def test_none_that_is_active_is_swept() -> None:
         world.memory.revoke_family(f"{i}", world.wall + 10.0)
     assert world.ask("a") is BAD
     assert world.ask("b") is BAD
+
+
+def test_what_others_said_is_believed_for_its_time_and_then_asked_for_again() -> None:
+    world = World()
+    said = world.issue("foreign")
+    assert world.ask("foreign") is None
+    world.memory.remember("foreign", said, world.now, 60.0)
+    world.advance(59.9)
+    assert world.ask("foreign") is said
+    assert world.verified == ["foreign"]
+    world.advance(0.1)
+    assert world.ask("foreign") is None
+    assert len(world.memory) == 0
+
+
+def test_what_others_said_is_not_believed_beyond_the_expiry() -> None:
+    world = World(leeway=0.0)
+    said = world.issue("foreign", life=10.0)
+    world.memory.remember("foreign", said, world.now, 60.0)
+    world.advance(9.9)
+    assert world.ask("foreign") is said
+    world.advance(0.1)
+    assert world.ask("foreign") is None
+
+
+def test_revocations_hold_for_what_others_say_too() -> None:
+    world = World()
+    said = world.issue("foreign")
+    world.memory.remember("foreign", said, world.now, 60.0)
+    world.memory.revoke_family("f", world.wall + 900)
+    assert world.ask("foreign") is BAD
+    world.advance(60.0)
+    world.memory.remember("foreign", said, world.now, 60.0)
+    assert world.ask("foreign") is BAD
+
+
+def test_what_others_said_takes_its_place_among_the_bounded() -> None:
+    world = World(capacity=2)
+    said = world.issue("foreign")
+    for n in range(4):
+        world.memory.remember(f"foreign {n % 3}", said, world.now, 60.0)
+    assert len(world.memory) == 2
+    assert [world.ask(f"foreign {n}") for n in range(3)] == [said, None, said]
+
+
+def test_a_revocation_that_is_known_costs_nothing_again() -> None:
+    world = World()
+    world.issue("a")
+    world.ask("a")
+    for _ in range(2):
+        world.memory.revoke_family("f2", EPOCH + 900)
+        world.memory.revoke_token("t2", EPOCH + 900)
+        world.memory.revoke_user("u2", EPOCH, EPOCH + 900)
+        version = world.memory._version
+    world.memory.revoke_user("u2", EPOCH - 1, EPOCH + 800)
+    assert world.memory._version == version == 3
 
 
 def test_forget() -> None:

@@ -23,10 +23,13 @@ from hypothesis import strategies as st
 
 from lucid.core.exchange import Principal, Role
 from lucid.core.security.jwt import (
+    FARTHEST_MOMENT_SECONDS,
     MAX_TOKEN_BYTES,
+    REVOCATION_AHEAD_SECONDS,
     KeyMaterialError,
     TokenIssuer,
     TokenVerifier,
+    issuer_of,
     key_faults,
 )
 from lucid.errors import ErrorCode, GatewayError
@@ -161,6 +164,49 @@ def test_foreign_ids_do_not_move_the_moment() -> None:
     told = verdict(signed(jti=other_moment.token_id))
     assert isinstance(told, Principal)
     assert told.issued_at == int(NOW)
+
+
+def test_a_token_issued_in_the_knowledge_of_a_revocation_is_younger_than_it() -> None:
+    issuer = TokenIssuer(SETTINGS["HS256"])
+    for ahead in (-10.0, 0.0, 0.0004, 0.123, 1.0, REVOCATION_AHEAD_SECONDS, 3.3, FARTHEST_MOMENT_SECONDS - 1):
+        revoked = NOW + ahead
+        token = issuer.issue(user_id="u", role=Role.USER, family="f", now=NOW, after=revoked)
+        told = verdict(token.token)
+        assert isinstance(told, Principal)
+        assert told.issued_at > revoked, ahead
+        assert told.issued_at == token.issued_at
+        assert told.expires_at == int(NOW) + 900
+        # Its iat is no moment of the future: verifiers without leeway take it.
+        assert pyjwt.decode(token.token, options={"verify_signature": False})["iat"] == int(NOW)
+
+
+def test_tokens_of_other_issuers_are_for_others_to_judge() -> None:
+    judge = TokenVerifier(SETTINGS["HS256"], Clock(), foreign_issuers=["cluster", "other"])
+    foreign = hs256(b'{"alg":"RS256","kid":"x"}', json.dumps(claims(iss="cluster")).encode(), b"k" * 32)
+    assert judge.verify(foreign) is None
+    assert isinstance(judge.verify(signed()), Principal)
+    assert judge.verify(signed(iss="stranger")) is ErrorCode.BAD_CREDENTIAL
+    assert judge.verify(signed(iss="cluster", x="x" * 4_096)) is ErrorCode.BAD_CREDENTIAL, "refused unread"
+    assert verdict(foreign) is ErrorCode.BAD_CREDENTIAL
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a.b.c",
+        "..",
+        "a.b",
+        "é",
+        f"{b64(b'{}')}.{b64(b'[]')}.x",
+        f"x.{b64(b'{')}.x",
+        f"x.{b64(b'{}')}.x",
+        f"x.{b64(b'[' * 1_500)}.x",
+        f"x.{b64(json.dumps({'iss': 5}).encode())}.x",
+    ],
+)
+def test_what_names_no_issuer(text: str) -> None:
+    assert issuer_of(text) == ""
 
 
 def test_unknown_claims_and_header_fields_are_passed_over() -> None:

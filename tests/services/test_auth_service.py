@@ -14,19 +14,26 @@ import pytest
 from lucid.core.exchange import Principal, Role
 from lucid.core.rules.tokens import TokenMemory
 from lucid.core.security import api_keys, nonces
-from lucid.core.security.jwt import LONGEST_LIFE_MINUTES, TokenVerifier
+from lucid.core.security.jwt import LONGEST_LIFE_MINUTES, REVOCATION_AHEAD_SECONDS, TokenVerifier
+from lucid.core.security.passwords import UNKNOWN
 from lucid.core.security.roles import PERMISSIONS
 from lucid.core.validation import HardwareWalletText
-from lucid.database.documents import ApiKeyDocument
+from lucid.database.documents import ApiKeyDocument, UserDocument
 from lucid.errors import ErrorCode, GatewayError
+from lucid.services import auth_service
 from lucid.services.auth_service import Caller, TokenPair, TokenReport
 from lucid.services.challenges import MAX_OUTSTANDING
+from lucid.services.login_delays import FREE_ACCOUNT_FAILURES
 from lucid.services.look_ups import MOST_AT_ONCE, MOST_WAITING
 from lucid.services.revocations import KEY, USERS_KEY, Revocation, Revocations, of_user
+from lucid.services.user_rules import UserChanges
 from lucid.settings import TokenSettings
 from tests.support.stores import MongoChild, RedisChild
 from tests.support.wallet import Wallet
 from tests.support.workers import CALLER, SETTINGS, Fleet, Worker, database_name, fleet_of
+
+EMAIL, PASSWORD = "Ann@example.org", "correct horse"
+OTHER = Caller("198.51.100.7")
 
 Test = Callable[[Fleet, Worker, Worker], Awaitable[None]]
 Run = Callable[..., None]
@@ -58,6 +65,53 @@ async def outcome(awaitable: Coroutine[Any, Any, Any]) -> Any:
         return await awaitable
     except GatewayError as error:
         return error.code
+
+
+def after(place: Any, name: str, event: Callable[..., Awaitable[None]]) -> None:
+    """Once, behind the next call of `place.name`, `event` comes about before its caller goes on."""
+    call = getattr(place, name)
+
+    async def instead(*arguments: Any, **named: Any) -> Any:
+        setattr(place, name, call)
+        answer = await call(*arguments, **named)
+        await event()
+        return answer
+
+    setattr(place, name, instead)
+
+
+class Calls:
+    """What the worker's service asks of its stores."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.made: list[str] = []
+        auth = worker.auth
+        auth._users = self.spy("users", auth._users)
+        auth._refresh_tokens = self.spy("refresh_tokens", auth._refresh_tokens)
+        worker.delays._redis = self.spy("redis", worker.redis)
+
+    def spy(self, label: str, store: Any) -> Any:
+        made = self.made
+
+        class Spy:
+            def __getattr__(self, name: str) -> Any:
+                made.append(f"{label}.{name}")
+                return getattr(store, name)
+
+        return Spy()
+
+
+async def register(worker: Worker, email: str = EMAIL, stored: str | None = None) -> UserDocument:
+    """A user with PASSWORD, or with `stored`."""
+    now = worker._utc_now()
+    stored = worker.hasher.hash_password(PASSWORD) if stored is None else stored
+    user = UserDocument(nonces.new_id(), True, "user", now, now, email=email, password=stored)
+    return await worker.users.create(user)
+
+
+async def living_families(worker: Worker, user_id: str) -> int:
+    rows = worker.connection.database["refresh_tokens"]
+    return await rows.count_documents({"kind": "family", "user_id": user_id, "revoked_at": None})
 
 
 # ---- challenge
@@ -258,7 +312,7 @@ def test_a_deleted_user_comes_back_as_a_new_one(run: Run) -> None:
     async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
         wallet = Wallet.generate()
         first = await a.login(wallet)
-        await a.users.delete(first.user.user_id)
+        await a.user_service.delete(first.user.user_id, a.judge(first.access_token), CALLER)
         await refused(ErrorCode.BAD_CREDENTIAL, a.auth.refresh(first.refresh_token, CALLER))
         second = await a.login(wallet)
         assert second.user.user_id != first.user.user_id
@@ -301,10 +355,272 @@ def test_roles_are_computed_at_login_and_refresh(mongo: MongoChild, redis_server
     assert asyncio.run(refresh(pair, listed)).user.role == "super_admin"
 
 
-def test_email_and_password_are_an_honest_no(run: Run) -> None:
+def test_a_user_deleted_while_the_wallet_logs_in_gets_nothing(run: Run) -> None:
     async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
-        error = await refused(ErrorCode.NOT_IMPLEMENTED, a.auth.login_with_password("a@b.c", "secret"))
-        assert "not available yet" in str(error)
+        wallet = Wallet.generate()
+        first = await a.login(wallet)
+        admin = Principal(Role.SUPER_ADMIN, "admin", "root", "root", via="token")
+        challenge = await a.auth.challenge(wallet.address)
+
+        async def deleted(*_: Any) -> None:
+            await b.user_service.delete(first.user.user_id, admin, CALLER)
+            fleet.now += 60
+
+        after(a.refresh_tokens, "start_family", deleted)
+        login = (wallet.address, wallet.sign(challenge.message), challenge.message, None, CALLER)
+        await refused(ErrorCode.BAD_CREDENTIAL, a.auth.login_with_wallet(*login))
+        assert await living_families(a, first.user.user_id) == 0
+
+    run(test)
+
+
+# ---- login with email and password
+
+
+def test_email_and_password(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        user = await register(a)
+        fleet.now += 100
+        pair = await b.auth.login_with_password(EMAIL.upper(), PASSWORD, CALLER)
+        assert (pair.token_type, pair.expires_in) == ("Bearer", 900)
+        assert (pair.user.user_id, pair.user.tron_address, pair.user.role) == (user.user_id, None, "user")
+        assert pair.user.permissions == PERMISSIONS[Role.USER]
+        principal = a.judge(pair.access_token)
+        assert isinstance(principal, Principal)
+        assert principal.user_id == user.user_id
+        stored = await a.users.find_by_id(user.user_id)
+        assert stored.last_login_at.timestamp() == fleet.now
+        assert stored.password == user.password
+        newer = await a.auth.refresh(pair.refresh_token, CALLER)
+        assert a.judge(newer.access_token).family == principal.family
+        await b.auth.logout(b.judge(newer.access_token), False, CALLER)
+        await refused(ErrorCode.BAD_CREDENTIAL, a.auth.refresh(newer.refresh_token, CALLER))
+
+    run(test)
+
+
+def test_what_cannot_be_an_email_or_a_password_is_no_attempt(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        for email in (
+            "",
+            "ann",
+            "ann@",
+            "@example.org",
+            "a b@example.org",
+            "ann@example.org\n",
+            "\ud800@x.org",
+        ):
+            error = await refused(ErrorCode.BAD_FIELD, a.auth.login_with_password(email, PASSWORD, CALLER))
+            assert error.details["field"] == "email"
+        for password in ("", "x" * 129):
+            error = await refused(ErrorCode.BAD_FIELD, a.auth.login_with_password(EMAIL, password, CALLER))
+            assert error.details["field"] == "password"
+        assert await a.redis.keys("*") == []
+        assert a.hasher.verified == []
+        # One shorter than what may be chosen today is an attempt like any other.
+        await refused(ErrorCode.BAD_CREDENTIAL, a.auth.login_with_password(EMAIL, "x", CALLER))
+
+    run(test)
+
+
+def test_no_account_is_told_from_another_by_answer_or_by_work(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        user = await register(a)
+        gone = await register(a, "gone@example.org")
+        await a.users.delete(gone.user_id, revoke_tokens_at=b._utc_now())
+        await a.users.create(
+            UserDocument(
+                nonces.new_id(), True, "user", b._utc_now(), b._utc_now(), email="wallet@example.org"
+            )
+        )
+        await a.users.create(
+            UserDocument(
+                nonces.new_id(),
+                True,
+                "user",
+                b._utc_now(),
+                b._utc_now(),
+                email="odd@example.org",
+                password="?",
+            )
+        )
+        calls = Calls(a)
+        seen = []
+        for email, password in (
+            ("nobody@example.org", PASSWORD),
+            (EMAIL, "wrong password"),
+            ("gone@example.org", PASSWORD),
+            ("wallet@example.org", PASSWORD),
+            ("odd@example.org", PASSWORD),
+        ):
+            calls.made.clear()
+            a.hasher.verified.clear()
+            error = await refused(
+                ErrorCode.BAD_CREDENTIAL, a.auth.login_with_password(email, password, CALLER)
+            )
+            hashed = [text in (UNKNOWN, user.password, "?") for text in a.hasher.verified]
+            seen.append((str(error), error.details, error.fields, list(calls.made), hashed, a.hasher.hashed))
+        assert seen[0][3:] == (["redis.eval", "redis.eval", "users.find_by_email"], [True], 2)
+        assert all(each == seen[0] for each in seen)
+        # The same when they have to wait, of one that is there and of one that is not.
+        waits = []
+        for email in (EMAIL, "nobody@example.org"):
+            for _ in range(FREE_ACCOUNT_FAILURES):
+                await refused(ErrorCode.BAD_CREDENTIAL, a.auth.login_with_password(email, "wrong", OTHER))
+            calls.made.clear()
+            error = await refused(ErrorCode.RATE_LIMITED, a.auth.login_with_password(email, PASSWORD, CALLER))
+            waits.append((str(error), error.details, error.fields, list(calls.made)))
+        assert waits[0] == waits[1]
+        assert waits[0][1] == {"retry_after_seconds": 1}
+
+    run(test)
+
+
+def test_a_hundred_guesses_at_once_are_few(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        await register(a)
+        a.hasher.verified.clear()
+        guesses = (
+            worker.auth.login_with_password(EMAIL, f"guess {number}", Caller(f"10.0.{number}.1"))
+            for number, worker in enumerate((a, b) * 50)
+        )
+        outcomes = Counter(await asyncio.gather(*(outcome(guess) for guess in guesses)))
+        assert outcomes == {
+            ErrorCode.BAD_CREDENTIAL: FREE_ACCOUNT_FAILURES + 1,
+            ErrorCode.RATE_LIMITED: 100 - FREE_ACCOUNT_FAILURES - 1,
+        }
+        assert len(a.hasher.verified) + len(b.hasher.verified) == FREE_ACCOUNT_FAILURES + 1
+        # The owner waits a second, then comes in, and the account is as new.
+        await refused(ErrorCode.RATE_LIMITED, a.auth.login_with_password(EMAIL, PASSWORD, CALLER))
+        fleet.now += 1
+        assert isinstance(await b.auth.login_with_password(EMAIL, PASSWORD, CALLER), TokenPair)
+        for _ in range(FREE_ACCOUNT_FAILURES):
+            await refused(ErrorCode.BAD_CREDENTIAL, a.auth.login_with_password(EMAIL, "wrong", CALLER))
+        assert isinstance(await b.auth.login_with_password(EMAIL, PASSWORD, CALLER), TokenPair)
+
+    run(test)
+
+
+def test_an_attempt_whose_password_nobody_looked_at_is_none(
+    mongo: MongoChild, redis_server: RedisChild, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lucid.database.connection.SERVER_SELECTION_MS", 100)
+
+    async def main() -> None:
+        uri = mongo.in_database(database_name())
+        async with fleet_of(1, uri, redis_server.uri) as (fleet, (a,)):
+            await register(a)
+            no_mongo = Worker(fleet, "mongodb://127.0.0.1:9/x", redis_server.uri)
+            no_redis = Worker(fleet, uri, "redis://127.0.0.1:9/0")
+            full = Worker(fleet, uri, redis_server.uri)
+            full.hashing._most = 0
+            for _ in range(FREE_ACCOUNT_FAILURES + 2):
+                await refused(
+                    ErrorCode.DEPENDENCY_AWAY, no_mongo.auth.login_with_password(EMAIL, PASSWORD, CALLER)
+                )
+                await refused(
+                    ErrorCode.BACKEND_UNAVAILABLE, full.auth.login_with_password(EMAIL, PASSWORD, CALLER)
+                )
+            # Nobody can say whether there is a wait: no guess is free.
+            error = await refused(
+                ErrorCode.DEPENDENCY_AWAY, no_redis.auth.login_with_password(EMAIL, PASSWORD, CALLER)
+            )
+            assert error.details == {"dependency": "redis"}
+            assert no_redis.hasher.verified == []
+            assert await a.redis.keys("lucid:login_failures:*") == []
+            assert isinstance(await a.auth.login_with_password(EMAIL, PASSWORD, CALLER), TokenPair)
+            for worker in (no_mongo, no_redis, full):
+                await worker.close()
+
+    asyncio.run(main())
+
+
+def test_a_password_at_an_old_cost_is_stored_anew(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        old = a.hasher.hash_password(PASSWORD, cost="old")
+        user = await register(a, stored=old)
+        await refused(ErrorCode.BAD_CREDENTIAL, a.auth.login_with_password(EMAIL, "wrong", CALLER))
+        assert (await a.users.find_by_id(user.user_id)).password == old
+        # Of several at once, all come in, whoever stores it.
+        pairs = await asyncio.gather(
+            *(worker.auth.login_with_password(EMAIL, PASSWORD, CALLER) for worker in (a, b, a))
+        )
+        assert (await a.users.find_by_id(user.user_id)).password == a.hasher.hash_password(PASSWORD)
+        for pair in pairs:
+            assert isinstance(a.judge(pair.access_token), Principal)
+            assert isinstance(await a.auth.refresh(pair.refresh_token, CALLER), TokenPair)
+        assert await living_families(a, user.user_id) == 3
+        hashed = a.hasher.hashed
+        await a.auth.login_with_password(EMAIL, PASSWORD, CALLER)
+        assert a.hasher.hashed == hashed
+
+    run(test)
+
+
+def test_a_password_that_cannot_be_stored_anew_now_is_good_all_the_same(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        user = await register(a, stored=a.hasher.hash_password(PASSWORD, cost="old"))
+
+        async def full(*_: Any) -> None:
+            a.hashing._most = 0
+
+        after(a.hashing, "verify", full)
+        assert isinstance(await a.auth.login_with_password(EMAIL, PASSWORD, CALLER), TokenPair)
+        assert (await a.users.find_by_id(user.user_id)).password == user.password
+
+    run(test)
+
+
+@pytest.mark.parametrize("moment", ["verify", "start_family", "update"])
+def test_a_password_changed_during_the_login(run: Run, moment: str) -> None:
+    """Wherever the change falls: no token and no family of the old password lives on."""
+
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        user = await register(a)
+        mine = await b.auth.login_with_password(EMAIL, PASSWORD, CALLER)
+
+        async def change(*_: Any) -> None:
+            changes = UserChanges(password="another password", current_password=PASSWORD)
+            await b.user_service.update("me", changes, b.judge(mine.access_token), CALLER)
+            fleet.now += 60  # and the login is slow
+
+        place = {"verify": a.hashing, "start_family": a.refresh_tokens, "update": a.users}[moment]
+        after(place, moment, change)
+        got = await outcome(a.auth.login_with_password(EMAIL, PASSWORD, CALLER))
+        if moment == "update":
+            # It came before the change, and ended with it.
+            for worker in (a, b):
+                assert worker.judge(got.access_token) is ErrorCode.BAD_CREDENTIAL
+            await refused(ErrorCode.BAD_CREDENTIAL, a.auth.refresh(got.refresh_token, CALLER))
+        else:
+            assert got is ErrorCode.BAD_CREDENTIAL
+        assert await living_families(a, user.user_id) == 0
+        again = await a.auth.login_with_password(EMAIL, "another password", CALLER)
+        assert isinstance(b.judge(again.access_token), Principal)
+
+    run(test)
+
+
+@pytest.mark.parametrize("moment", ["verify", "start_family", "update"])
+def test_a_user_deleted_during_the_login(run: Run, moment: str) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        user = await register(a)
+        admin = Principal(Role.SUPER_ADMIN, "admin", "root", "root", via="token")
+
+        async def delete(*_: Any) -> None:
+            await b.user_service.delete(user.user_id, admin, CALLER)
+            fleet.now += 60
+
+        after(
+            {"verify": a.hashing, "start_family": a.refresh_tokens, "update": a.users}[moment], moment, delete
+        )
+        got = await outcome(a.auth.login_with_password(EMAIL, PASSWORD, CALLER))
+        if moment == "update":
+            assert b.judge(got.access_token) is ErrorCode.BAD_CREDENTIAL
+            await refused(ErrorCode.BAD_CREDENTIAL, a.auth.refresh(got.refresh_token, CALLER))
+        else:
+            assert got is ErrorCode.BAD_CREDENTIAL
+        assert await living_families(a, user.user_id) == 0
 
     run(test)
 
@@ -314,6 +630,7 @@ def test_keys_that_only_verify_issue_nothing(run: Run) -> None:
         wallet = Wallet.generate()
         await refused(ErrorCode.NOT_IMPLEMENTED, a.login(wallet))
         await refused(ErrorCode.NOT_IMPLEMENTED, a.auth.refresh("x", CALLER))
+        await refused(ErrorCode.NOT_IMPLEMENTED, a.auth.login_with_password(EMAIL, PASSWORD, CALLER))
         assert (await a.users.list_users(0, 1))[1] == 0
 
     run(test, settings=TokenSettings(previous_keys=("k" * 32,)))
@@ -438,6 +755,75 @@ def test_limits_of_refresh(run: Run) -> None:
     run(test)
 
 
+@pytest.mark.parametrize("moment", ["find_family", "find_by_id", "rotate"])
+def test_a_role_changed_during_a_refresh_leaves_no_old_token(run: Run, moment: str) -> None:
+    """Wherever the change falls, and however slow the refresh is."""
+
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        pair = await a.login(Wallet.generate())
+        user_id = pair.user.user_id
+        admin = Principal(Role.SUPER_ADMIN, "admin", "root", "root", via="token")
+
+        async def promote(*_: Any) -> None:
+            await b.user_service.update(user_id, UserChanges(role="node_operator"), admin, CALLER)
+            fleet.now += 60
+
+        after(a.users if moment == "find_by_id" else a.refresh_tokens, moment, promote)
+        new = await a.auth.refresh(pair.refresh_token, CALLER)
+        for worker in (a, b):
+            assert worker.judge(pair.access_token) is ErrorCode.BAD_CREDENTIAL
+            verdict = worker.judge(new.access_token)
+            assert (
+                verdict.role is Role.NODE_OPERATOR
+                if moment == "find_family"
+                else verdict is ErrorCode.BAD_CREDENTIAL
+            )
+        # The login itself goes on, with the new role.
+        newest = await b.auth.refresh(new.refresh_token, CALLER)
+        assert a.judge(newest.access_token).role is Role.NODE_OPERATOR
+
+    run(test)
+
+
+def test_a_role_changed_in_the_same_moment_is_in_the_next_token(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        wallet = Wallet.generate()
+        pair = await a.login(wallet)
+        admin = Principal(Role.SUPER_ADMIN, "admin", "root", "root", via="token")
+        await b.user_service.update(pair.user.user_id, UserChanges(role="node_operator"), admin, CALLER)
+        assert a.judge(pair.access_token) is ErrorCode.BAD_CREDENTIAL
+        # Not a millisecond later, and issued by another worker.
+        for new in (await a.auth.refresh(pair.refresh_token, CALLER), await a.login(wallet)):
+            assert a.judge(new.access_token).role is Role.NODE_OPERATOR
+            assert isinstance(b.judge(new.access_token), Principal)
+
+    run(test)
+
+
+@pytest.mark.parametrize("moment", ["find_family", "find_by_id", "rotate"])
+def test_a_user_deleted_during_a_refresh(run: Run, moment: str) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        pair = await a.login(Wallet.generate())
+        user_id = pair.user.user_id
+        admin = Principal(Role.SUPER_ADMIN, "admin", "root", "root", via="token")
+
+        async def delete(*_: Any) -> None:
+            await b.user_service.delete(user_id, admin, CALLER)
+            fleet.now += 60
+
+        after(a.users if moment == "find_by_id" else a.refresh_tokens, moment, delete)
+        got = await outcome(a.auth.refresh(pair.refresh_token, CALLER))
+        if moment == "rotate":
+            assert b.judge(got.access_token) is ErrorCode.BAD_CREDENTIAL
+            await refused(ErrorCode.BAD_CREDENTIAL, a.auth.refresh(got.refresh_token, CALLER))
+        else:
+            assert got is ErrorCode.BAD_CREDENTIAL
+        assert b.judge(pair.access_token) is ErrorCode.BAD_CREDENTIAL
+        assert await living_families(a, user_id) == 0
+
+    run(test)
+
+
 # ---- logout and revocation
 
 
@@ -474,6 +860,45 @@ def test_logout_of_all_logins_and_a_new_one_in_the_same_second(run: Run) -> None
             assert isinstance(worker.judge(fresh.access_token), Principal)
             assert isinstance(worker.judge(stranger.access_token), Principal)
         assert isinstance(await a.auth.refresh(fresh.refresh_token, CALLER), TokenPair)
+
+    run(test)
+
+
+def test_all_logins_twice_in_one_moment(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        wallet = Wallet.generate()
+        pairs = []
+        for worker in (a, b, a):
+            pairs.append(await worker.login(wallet))
+            assert isinstance(b.judge(pairs[-1].access_token), Principal)
+            await worker.auth.logout(worker.judge(pairs[-1].access_token), True, CALLER)
+        for pair in pairs:
+            assert a.judge(pair.access_token) is ErrorCode.BAD_CREDENTIAL
+        # By the word about the user alone, as a worker that knows nothing of the logins has it.
+        late = TokenMemory(TokenVerifier(SETTINGS, fleet.wall_clock).verify, fleet.wall_clock, 10)
+        moment = (await a.users.find_by_id(pairs[0].user.user_id)).tokens_revoked_at.timestamp()
+        late.revoke_user(pairs[0].user.user_id, moment, fleet.now + 900)
+        for pair in pairs:
+            assert late.principal(pair.access_token, fleet.now) is ErrorCode.BAD_CREDENTIAL
+        assert isinstance(late.principal((await b.login(wallet)).access_token, fleet.now), Principal)
+
+    run(test)
+
+
+def test_all_logins_ends_tokens_of_workers_whose_clock_is_ahead(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        pair = await a.login(Wallet.generate())
+        fleet.now += 1.5
+        ahead = await b.auth.refresh(pair.refresh_token, CALLER)
+        fleet.now -= 1.5
+        other = a.auth._issuer.issue(
+            user_id=pair.user.user_id, role=Role.USER, family="another", now=fleet.now + 1.5
+        )
+        assert isinstance(b.judge(other.token), Principal)
+        await a.auth.logout(a.judge(pair.access_token), True, CALLER)
+        for worker in (a, b):
+            assert worker.judge(other.token) is ErrorCode.BAD_CREDENTIAL
+            assert worker.judge(ahead.access_token) is ErrorCode.BAD_CREDENTIAL
 
     run(test)
 
@@ -531,7 +956,7 @@ def test_all_logins_ends_the_longest_token_there_is_for_all_its_life(run: Run) -
         old = minted()
         fleet.now += 1
         await a.auth.logout(a.judge(pair.access_token), True, CALLER)
-        fleet.now += 1
+        fleet.now += REVOCATION_AHEAD_SECONDS + 1
         await a.revocations.revoke(of_user(user_id, fleet.now))
         await b.revocations.revoke(of_user(user_id, fleet.now - 1))
         # However often: one entry a user, since it stays so long; of several moments the latest.
@@ -582,7 +1007,7 @@ def test_verify_and_status(run: Run) -> None:
     async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
         pair = await a.login(Wallet.generate())
         principal = a.judge(pair.access_token)
-        assert b.auth.verify(pair.access_token) == TokenReport(
+        assert await b.auth.verify(pair.access_token) == TokenReport(
             active=True,
             sub=pair.user.user_id,
             role="user",
@@ -598,8 +1023,8 @@ def test_verify_and_status(run: Run) -> None:
         assert (status.user_id, status.role, status.credential) == (pair.user.user_id, "user", "token")
         assert (status.issued_at, status.expires_at) == ("2030-01-01T00:00:00Z", "2030-01-01T00:15:00Z")
         await a.auth.logout(principal, False, CALLER)
-        assert msgspec.to_builtins(b.auth.verify(pair.access_token)) == {"active": False}
-        assert b.auth.verify("x") == TokenReport(active=False)
+        assert msgspec.to_builtins(await b.auth.verify(pair.access_token)) == {"active": False}
+        assert await b.auth.verify("x") == TokenReport(active=False)
         for_ever = Principal(Role.ADMIN, "admin", "u", "u", via="api_key")
         assert a.auth.status(for_ever).expires_at is None
 
@@ -650,7 +1075,7 @@ def test_api_keys_act_as_their_owner_within_both_roles(run: Run) -> None:
         fleet.now += 3_600
         assert await look_up(full_digest) is bad
         orphan = await key(owner.user.user_id, "user")
-        await a.users.delete(owner.user.user_id)
+        await a.users.delete(owner.user.user_id, revoke_tokens_at=now)
         assert await look_up(orphan) is bad
 
     run(test)
@@ -681,6 +1106,83 @@ def test_a_flood_of_api_keys_keeps_few_connections_busy(run: Run) -> None:
         }
         assert most == MOST_AT_ONCE
         assert await a.auth.look_up_api_key(b"%032d" % 499) is ErrorCode.BAD_CREDENTIAL
+
+    run(test)
+
+
+def test_the_last_use_of_keys_is_written_now_and_then(
+    run: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        owner = await a.login(Wallet.generate())
+        digests = [api_keys.digest(api_keys.new_api_key()) for _ in range(3)]
+        for number, digest in enumerate(digests):
+            key = ApiKeyDocument(f"k{number}", digest, owner.user.user_id, "n", "user", a._utc_now())
+            await a.api_keys.create(key)
+        touch, calls = a.api_keys.touch, []
+
+        async def counted(uses: dict[str, dt.datetime]) -> None:
+            calls.append(dict(uses))
+            await touch(uses)
+
+        async def away(_: Any) -> None:
+            raise GatewayError(ErrorCode.DEPENDENCY_AWAY)
+
+        async def last_used() -> list[float | None]:
+            keys = [await a.api_keys.find_by_digest(digest, a._utc_now()) for digest in digests]
+            return [None if key.last_used_at is None else key.last_used_at.timestamp() for key in keys]
+
+        a.api_keys.touch = counted  # type: ignore[method-assign]
+        await a.auth.flush_key_uses()
+        assert calls == []
+        await a.auth.look_up_api_key(digests[0])
+        await a.auth.look_up_api_key(bytes(32))
+        first = fleet.now
+        fleet.now += 10
+        await a.auth.look_up_api_key(digests[0])
+        await a.auth.look_up_api_key(digests[1])
+        assert await last_used() == [None] * 3
+        # What cannot be written waits, and does not push a later use aside.
+        a.api_keys.touch = away  # type: ignore[method-assign]
+        await a.auth.flush_key_uses()
+        fleet.now += 10
+        await a.auth.look_up_api_key(digests[0])
+        a.api_keys.touch = counted  # type: ignore[method-assign]
+        await a.auth.flush_key_uses()
+        assert await last_used() == [first + 20, first + 10, None]
+        assert [set(call) for call in calls] == [{"k0", "k1"}]
+        await a.auth.flush_key_uses()
+        assert len(calls) == 1
+
+        for number in range(7):
+            a.auth._note_key_use(f"x{number}", a._utc_now())
+        await a.auth.flush_key_uses()
+        assert list(calls[1]) == [f"x{number}" for number in range(2, 7)]  # the oldest went
+
+    monkeypatch.setattr(auth_service, "MOST_KEY_USES", 5)
+    run(test)
+    assert "the last use of 2 API keys is not written down yet" in caplog.text
+
+
+def test_a_token_under_a_new_key_is_verified_with_the_keys_of_now(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        pair = await a.login(Wallet.generate())
+        asked, known = [], False
+
+        async def fetch_keys() -> bool:
+            nonlocal known
+            asked.append(1)
+            known = True
+            return True
+
+        verify = b.memory._verify
+        b.memory._verify = lambda token: verify(token) if known else None
+        assert await b.auth.verify(pair.access_token) == TokenReport(active=False)  # nobody can be asked
+        b.auth._fetch_keys = fetch_keys
+        reports = await asyncio.gather(*(b.auth.verify(pair.access_token) for _ in range(20)))
+        assert {report.active for report in reports} == {True}
+        assert {report.sub for report in reports} == {pair.user.user_id}
+        assert len(asked) == 1
 
     run(test)
 
@@ -734,9 +1236,11 @@ def test_without_redis_or_mongodb(
 
 def test_the_audit_log_tells_events_and_no_secret(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     secrets: list[str] = []
+    users: list[str] = []
 
     async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
-        wallet, caller = Wallet.generate(), Caller("192.0.2.9", "r-9")
+        wallet = Wallet.generate()
+        caller = Caller("192.0.2.9", "r-9", token="x.bearer.x")
         challenge = await a.auth.challenge(wallet.address)
         signed = wallet.sign(challenge.message)
         await outcome(
@@ -749,13 +1253,19 @@ def test_the_audit_log_tells_events_and_no_secret(run: Run, caplog: pytest.LogCa
         await outcome(a.auth.refresh(pair.refresh_token, caller))
         other = await a.login(wallet)
         await a.auth.logout(a.judge(other.access_token), True, caller)
+        user = await register(a)
+        users.extend([user.user_id, pair.user.user_id])
+        typed = await a.auth.login_with_password(EMAIL, PASSWORD, caller)
+        for email, password in [("nobody@example.org", "pass word 1")] + [(EMAIL, "pass word 2")] * 7:
+            await outcome(a.auth.login_with_password(email, password, caller))
         secrets.extend(
-            [signed, challenge.nonce, SETTINGS.secret_key]
-            + [text for p in (pair, new, other) for text in (p.access_token, p.refresh_token)]
+            [signed, challenge.nonce, SETTINGS.secret_key, PASSWORD, user.password or "?", caller.token]
+            + ["pass word", EMAIL, EMAIL.lower(), "nobody@"]
+            + [text for p in (pair, new, other, typed) for text in (p.access_token, p.refresh_token)]
         )
-        assert not any(secret in repr(pair) for secret in secrets)
+        assert not any(secret in repr((pair, caller, user)) for secret in secrets if "@" not in secret)
 
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG, logger="lucid"):
         run(test)
     audited = [record for record in caplog.records if record.name == "lucid.audit"]
     assert [record.msg for record in audited] == [
@@ -764,13 +1274,22 @@ def test_the_audit_log_tells_events_and_no_secret(run: Run, caplog: pytest.LogCa
         "refresh_reuse",
         "login",
         "revocation",
+        "login",
+        *["login_failed"] * 8,
     ]
-    fields = audited[0].__dict__["audit"]
-    assert fields["event"] == "login_failed"
-    assert (fields["address"], fields["request_id"], fields["code"]) == (
+    lines = [record.__dict__["audit"] for record in audited]
+    assert lines[0]["event"] == "login_failed"
+    assert (lines[0]["address"], lines[0]["request_id"], lines[0]["code"]) == (
         "192.0.2.9",
         "r-9",
         "LUCID_ERR_2005",
     )
+    assert (lines[5]["method"], lines[5]["user_id"]) == ("password", users[0])
+    failed = [(line["method"], line["code"], line.get("user_id")) for line in lines[6:]]
+    assert failed == [
+        ("password", "LUCID_ERR_2003", None),
+        *[("password", "LUCID_ERR_2003", users[0])] * 6,
+        ("password", "LUCID_ERR_3001", None),
+    ]
     everything = repr([record.__dict__ for record in caplog.records])
-    assert not any(secret in everything for secret in secrets)
+    assert not [secret for secret in secrets if secret in everything]

@@ -14,7 +14,7 @@ from lucid.services.signing_keys import SigningKeys
 from lucid.settings import TokenSettings
 
 NOW = 1_893_456_000
-FIRST, SECOND = (ed25519.Ed25519PrivateKey.generate() for _ in range(2))
+FIRST, SECOND, THIRD = (ed25519.Ed25519PrivateKey.generate() for _ in range(3))
 
 
 def key_set(*keys: ed25519.Ed25519PrivateKey) -> bytes:
@@ -22,9 +22,11 @@ def key_set(*keys: ed25519.Ed25519PrivateKey) -> bytes:
     return json.dumps({"keys": [json.loads(to_jwk(key.public_key())) for key in keys]}).encode()
 
 
-def token(key: ed25519.Ed25519PrivateKey) -> str:
+def token(key: ed25519.Ed25519PrivateKey, **header: str) -> str:
     claims = {"sub": "u", "role": "user", "sid": "f", "jti": "t", "iat": NOW, "exp": NOW + 900}
-    return pyjwt.encode({**claims, "iss": "lucid", "aud": "lucid", "typ": "access"}, key, algorithm="EdDSA")
+    return pyjwt.encode(
+        {**claims, "iss": "lucid", "aud": "lucid", "typ": "access"}, key, algorithm="EdDSA", headers=header
+    )
 
 
 class Endpoint:
@@ -47,7 +49,8 @@ def test_keys_come_stay_and_go() -> None:
         endpoint = Endpoint()
         verifier = TokenVerifier(TokenSettings(algorithm="EdDSA", jwks_url=url), lambda: float(NOW))
         memory = TokenMemory(verifier.verify, lambda: float(NOW), 10)
-        keys = SigningKeys(url, endpoint.fetch, verifier, memory)
+        keys = SigningKeys(url, endpoint.fetch)
+        keys.attach(verifier, memory)
 
         def good(key: ed25519.Ed25519PrivateKey) -> bool:
             verdict = memory.principal(token(key), 0.0)
@@ -78,5 +81,47 @@ def test_keys_come_stay_and_go() -> None:
         assert await keys.load()
         assert (good(FIRST), good(SECOND)) == (False, True)  # although it was remembered
         assert set(endpoint.asked) == {url}
+
+    asyncio.run(main())
+
+
+def named_set(**keys: ed25519.Ed25519PrivateKey) -> bytes:
+    to_jwk = pyjwt.get_algorithm_by_name("EdDSA").to_jwk
+    return json.dumps(
+        {"keys": [{**json.loads(to_jwk(key.public_key())), "kid": name} for name, key in keys.items()]}
+    ).encode()
+
+
+def test_a_token_that_names_a_new_key_has_the_set_fetched_at_most_every_thirty_seconds() -> None:
+    async def main() -> None:
+        now = 100.0
+        endpoint = Endpoint()
+        endpoint.answer = named_set(a=FIRST)
+        keys = SigningKeys("http://keys.example/jwks", endpoint.fetch, lambda: now)
+        settings = TokenSettings(algorithm="EdDSA", jwks_url="http://keys.example/jwks")
+        verifier = TokenVerifier(settings, lambda: float(NOW), may_fetch=keys.may_fetch)
+        memory = TokenMemory(verifier.verify, lambda: float(NOW), 10)
+        keys.attach(verifier, memory)
+
+        assert memory.principal(token(FIRST, kid="a"), now) is None, "nothing was fetched yet"
+        await keys.load()
+        assert isinstance(memory.principal(token(FIRST, kid="a"), now), Principal)
+
+        endpoint.answer = named_set(a=FIRST, b=SECOND)
+        now += 29.9
+        fresh = token(SECOND, kid="b", jku="http://evil.example/", x5u="http://evil.example/")
+        assert memory.principal(fresh, now) is ErrorCode.BAD_CREDENTIAL
+        now += 0.1
+        assert memory.principal(fresh, now) is None
+        # Whom a fetch would not help is not waited for: no name, a known name, a good signature.
+        assert memory.principal(token(SECOND), now) is ErrorCode.BAD_CREDENTIAL
+        assert memory.principal(token(SECOND, kid="a"), now) is ErrorCode.BAD_CREDENTIAL
+        assert isinstance(memory.principal(token(FIRST, kid="z"), now), Principal)
+        asked = await asyncio.gather(*(keys.load() for _ in range(50)))
+        assert asked == [True] * 50
+        assert len(endpoint.asked) == 2
+        assert isinstance(memory.principal(fresh, now), Principal)
+        assert memory.principal(token(THIRD, kid="invented"), now) is ErrorCode.BAD_CREDENTIAL
+        assert set(endpoint.asked) == {"http://keys.example/jwks"}
 
     asyncio.run(main())

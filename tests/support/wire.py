@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
-from lucid.core.exchange import Exchange, Limit, Principal, Role
+from lucid.core.exchange import Exchange, Limit, LookUp, Principal, Role
 from lucid.core.gateway import Gateway
 from lucid.core.policy import Policy
 from lucid.core.rules.addresses import TrustedProxies
@@ -330,12 +330,13 @@ class World:
         loop.dial = self._dial
         cors = cors or Cors()
         keys = KeyMemory()
+        tokens = TokenMemory(
+            lambda token: CREDENTIALS.get(token, ErrorCode.BAD_CREDENTIAL), lambda: 0.0, 100
+        )
         self.policy = Policy(
             routes=TABLE if routes is ROUTES else RouteTable.build(routes),
             tiers=tiers,
-            tokens=TokenMemory(
-                lambda token: CREDENTIALS.get(token, ErrorCode.BAD_CREDENTIAL), lambda: 0.0, 100
-            ),
+            tokens=tokens,
             keys=keys,
             leases=self.leases,
             breakers={"core": self.breaker},
@@ -347,6 +348,7 @@ class World:
             self.policy,
             cors=cors,
             keys=keys,
+            tokens=tokens,
             admit=self._admit,
             look_up=self._look_up,
             recorder=self,
@@ -390,9 +392,9 @@ class World:
             self.leases.apply(flight, answer, self.loop.now)
         return await settled
 
-    async def _look_up(self, digest: bytes) -> Principal | ErrorCode:
-        self.looked_up.append(digest)
-        answer = self.keys.get(digest, ErrorCode.BAD_CREDENTIAL)
+    async def _look_up(self, need: LookUp) -> Principal | ErrorCode:
+        self.looked_up.append(need.digest)
+        answer = self.keys.get(need.digest, ErrorCode.BAD_CREDENTIAL)
         if isinstance(answer, Exception):
             raise answer
         return answer

@@ -1,6 +1,9 @@
 """The identity part of several workers over one MongoDB and one Redis, put together as in the app."""
 
+import datetime as dt
+import hashlib
 import itertools
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -8,20 +11,27 @@ from typing import Any
 import msgspec
 import redis.asyncio
 
+from lucid.core.rules.keys import KeyMemory
 from lucid.core.rules.refusals import ClaimHolder
 from lucid.core.rules.tokens import TokenMemory
 from lucid.core.security.jwt import TokenIssuer, TokenVerifier
+from lucid.core.wire.pool import Balancer, Pool
+from lucid.core.wire.transport import PoolTransport
 from lucid.database.api_key_repository import ApiKeyRepository
 from lucid.database.connection import Connection
 from lucid.database.indexes import Indexes
 from lucid.database.refresh_token_repository import RefreshTokenRepository
 from lucid.database.user_repository import UserRepository
 from lucid.errors import ErrorCode, GatewayError
+from lucid.services.auth_cluster import AuthCluster, open_client
 from lucid.services.auth_service import AuthService, Caller, TokenPair
 from lucid.services.challenges import Challenges
+from lucid.services.login_delays import LoginDelays
+from lucid.services.password_hashing import PasswordHashing
 from lucid.services.revocations import Publish, Revocations
 from lucid.services.user_service import UserService
 from lucid.settings import TokenSettings
+from tests.support.auth_cluster import ISSUER, AuthClusterServer
 from tests.support.wallet import Wallet
 
 EPOCH = 1_893_456_000.5
@@ -58,7 +68,32 @@ class Fleet:
             raise GatewayError(ErrorCode.RATE_LIMITED)
 
 
+class QuickHasher:
+    """What stands for PBKDF2: as strict, at no cost, and it remembers what it was asked.
+
+    A text that begins with `old` is due to be hashed anew.
+    """
+
+    def __init__(self) -> None:
+        self.verified: list[str] = []
+        """The stored texts that passwords were held against."""
+        self.hashed = 0
+
+    def hash_password(self, password: str, cost: str = "new") -> str:
+        self.hashed += 1
+        return f"{cost}${hashlib.sha256(password.encode()).hexdigest()}"
+
+    def verify_password(self, password: str, stored: str) -> bool:
+        self.verified.append(stored)
+        return stored.partition("$")[2] == hashlib.sha256(password.encode()).hexdigest()
+
+    def needs_rehash(self, stored: str) -> bool:
+        return stored.startswith("old$")
+
+
 class Worker:
+    """One worker. With `cluster` that service issues the tokens."""
+
     def __init__(
         self,
         fleet: Fleet,
@@ -67,37 +102,76 @@ class Worker:
         settings: TokenSettings = SETTINGS,
         admins: frozenset[str] = frozenset(),
         publish: Publish | None = None,
+        cluster: AuthClusterServer | None = None,
     ) -> None:
         self.fleet = fleet
         self.connection = Connection(mongodb_uri)
         self.redis = redis.asyncio.Redis.from_url(redis_uri, socket_timeout=2, socket_connect_timeout=2)
         indexes = Indexes(self.connection)
+        issuers = () if cluster is None else (ISSUER,)
+        verifier = TokenVerifier(settings, fleet.wall_clock, foreign_issuers=issuers)
         self.memory = TokenMemory(
-            TokenVerifier(settings, fleet.wall_clock).verify,
+            verifier.verify,
             fleet.wall_clock,
             1_000,
             settings.leeway_seconds,
         )
-        self.users = UserRepository(self.connection, indexes)
+        self.keys = KeyMemory()
+        self.users = UserRepository(self.connection, indexes, self._utc_now)
         self.refresh_tokens = RefreshTokenRepository(self.connection)
         self.api_keys = ApiKeyRepository(self.connection, indexes)
         self.challenges = Challenges(self.redis, ORIGIN, fleet.wall_clock)
-        self.revocations = Revocations(self.redis, self.memory, publish or fleet.publish, fleet.wall_clock)
+        self.revocations = Revocations(
+            self.redis, self.memory, publish or fleet.publish, fleet.wall_clock, self.keys
+        )
+        self.hasher = QuickHasher()
+        self.hashing = PasswordHashing(self.hasher)
+        self.delays = LoginDelays(self.redis, fleet.wall_clock)
+        self.pool: Pool | None = None
+        self.cluster: AuthCluster | None = None
+        if cluster is not None:
+            self.pool = Pool(
+                scheme="http",
+                host="127.0.0.1",
+                port=cluster.backend.port,
+                max_connections=8,
+                monotonic=time.monotonic,
+            )
+            transport = PoolTransport(
+                Balancer("auth-service", [self.pool], time.monotonic), None, time.monotonic
+            )
+            self.cluster = AuthCluster(
+                open_client(transport, cluster.url), issuers=issuers, wall_clock=fleet.wall_clock
+            )
         self.auth = AuthService(
             users=self.users,
             refresh_tokens=self.refresh_tokens,
             api_keys=self.api_keys,
             challenges=self.challenges,
             revocations=self.revocations,
+            hashing=self.hashing,
+            delays=self.delays,
             issuer=TokenIssuer(settings),
             memory=self.memory,
             settings=settings,
             admin_addresses=admins,
             charge=fleet.charge,
+            cluster=self.cluster,
             wall_clock=fleet.wall_clock,
             monotonic=fleet.wall_clock,
         )
-        self.user_service = UserService(self.users, admins)
+        self.user_service = UserService(
+            users=self.users,
+            refresh_tokens=self.refresh_tokens,
+            api_keys=self.api_keys,
+            revocations=self.revocations,
+            challenges=self.challenges,
+            passwords=self.hashing,
+            delays=self.delays,
+            admin_addresses=admins,
+            wall_clock=fleet.wall_clock,
+            registration=cluster is None,
+        )
 
     async def login(self, wallet: Wallet) -> TokenPair:
         challenge = await self.auth.challenge(wallet.address)
@@ -108,7 +182,17 @@ class Worker:
     def judge(self, token: str) -> Any:
         return self.memory.principal(token, self.fleet.now)
 
+    def caller(self, pair: TokenPair) -> Caller:
+        """Who comes with this access token."""
+        return Caller(CALLER.address, CALLER.request_id, token=pair.access_token)
+
+    def _utc_now(self) -> dt.datetime:
+        return dt.datetime.fromtimestamp(self.fleet.now, dt.UTC)
+
     async def close(self) -> None:
+        if self.cluster is not None and self.pool is not None:
+            await self.cluster.aclose()
+            self.pool.close()
         self.connection.close()
         await self.redis.aclose()
 

@@ -339,7 +339,8 @@ class KeyLease:
         if wait <= 0:
             window = self.shape.slots * self.shape.slot_ms / 1_000
             wait = self.history[0][0] + window - now if self.history else window
-        return int(wait) + 1
+        # What was spent a window ago is forgotten with the next admission, so it may still stand first.
+        return int(max(0.0, wait)) + 1
 
     def blocked_seconds(self, now: float) -> float:
         """Until a token may be had, if nobody else spends; 0: now, as far as this worker knows."""

@@ -1,5 +1,9 @@
-"""What this worker knows about API keys: answers of the look-up, remembered for some seconds."""
+"""What this worker knows about credentials that others judge: answers of the look-up, remembered for some seconds.
 
+API keys above all; of tokens that were looked up, the bad ones (good ones live with the other tokens).
+"""
+
+import math
 from typing import Any
 
 from lucid.core.exchange import Principal
@@ -21,6 +25,9 @@ class KeyMemory:
         self._capacity = capacity
         self._found_seconds = found_seconds
         self._missed_seconds = missed_seconds
+        self.generation = 0
+        """Changes with each `forget…`. Take it before a look-up and hand it to `put`: an answer that was on its way
+        while something was withdrawn is not remembered."""
         self._found: dict[bytes, tuple[float, Principal]] = {}
         self._missed: dict[bytes, tuple[float, ErrorCode]] = {}
 
@@ -29,20 +36,38 @@ class KeyMemory:
         entry = self._found.get(digest) or self._missed.get(digest)
         return None if entry is None or entry[0] <= now else entry[1]
 
-    def put(self, digest: bytes, answer: Principal | ErrorCode, now: float) -> None:
+    def put(
+        self,
+        digest: bytes,
+        answer: Principal | ErrorCode,
+        now: float,
+        *,
+        generation: int | None = None,
+        seconds_left: float = math.inf,
+    ) -> None:
+        """Remember an answer; one that names a caller no longer than for its `seconds_left`."""
+        if generation is not None and generation != self.generation:
+            return
         self._found.pop(digest, None)
         self._missed.pop(digest, None)
         if isinstance(answer, Principal):
             _make_room(self._found, self._capacity)
-            self._found[digest] = (now + self._found_seconds, answer)
+            self._found[digest] = (now + min(self._found_seconds, seconds_left), answer)
         else:
             _make_room(self._missed, self._capacity)
             self._missed[digest] = (now + self._missed_seconds, answer)
 
-    def forget_all(self) -> None:
-        """Called when anything about keys was withdrawn: the next use of each asks again."""
-        self._found.clear()
-        self._missed.clear()
+    def forget(self, digest: bytes) -> None:
+        """This one was withdrawn: its next use asks again."""
+        self.generation += 1
+        self._found.pop(digest, None)
+
+    def forget_user(self, user_id: str) -> None:
+        """Something about this user has changed: the next use of each of their keys asks again."""
+        self.generation += 1
+        gone = [digest for digest, (_, principal) in self._found.items() if principal.user_id == user_id]
+        for digest in gone:
+            del self._found[digest]
 
     def __len__(self) -> int:
         return len(self._found) + len(self._missed)

@@ -11,7 +11,7 @@ import binascii
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final, Literal
 
 import jwt
@@ -34,6 +34,16 @@ MIN_RSA_BITS: Final = 2_048
 MAX_JWKS_KEYS: Final = 32
 LONGEST_LIFE_MINUTES: Final = 366 * 24 * 60
 """Of a token minted by hand, the longest there is. Revoking all tokens of a user must last as long."""
+
+REVOCATION_AHEAD_SECONDS: Final = 2.0
+"""All tokens of a user are revoked up to this far ahead: a token that was issued meanwhile, by a worker that had read
+the user before the change or whose clock is behind, is dead too. Who has read the change issues beyond it.
+"""
+
+FARTHEST_MOMENT_SECONDS: Final = 30.0
+"""How far the moment in a token's id may be beyond its `iat`: what revocations add up to if several come in a row, on
+clocks that differ. A foreign id of that form is believed no further.
+"""
 
 _COMPACT: Final = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)")
 # sub goes into X-User-Id and into Redis keys, sid and jti into channel messages: visible ASCII, bounded.
@@ -108,9 +118,19 @@ class TokenIssuer:
         return self._settings.access_minutes * 60
 
     def issue(
-        self, *, user_id: str, role: Role, family: str, now: float, minutes: int | None = None
+        self,
+        *,
+        user_id: str,
+        role: Role,
+        family: str,
+        now: float,
+        minutes: int | None = None,
+        after: float = 0.0,
     ) -> IssuedToken:
         """A new token that lives `minutes`, or as long as the settings say. `now`: seconds since the epoch.
+
+        `after`: up to this moment the user's tokens are revoked, which whoever issues has read. It may lie ahead of
+        `now`; the token's own moment is put beyond it.
 
         Raises ValueError for a `user_id` or `family` that is not 1 to 128 characters of visible ASCII, and for
         `minutes` outside 1 to LONGEST_LIFE_MINUTES.
@@ -127,7 +147,8 @@ class TokenIssuer:
         if minutes is not None and not 1 <= minutes <= LONGEST_LIFE_MINUTES:
             raise ValueError(f"a token lives 1 to {LONGEST_LIFE_MINUTES} minutes, not {minutes}")
         settings = self._settings
-        token_id = nonces.timed_id(now)
+        # A token's moment has whole milliseconds.
+        token_id = nonces.timed_id(max(now, after + 0.0015))
         expires_at = int(now) + (self.access_seconds if minutes is None else minutes * 60)
         claims = {
             "sub": user_id,
@@ -151,8 +172,20 @@ class TokenVerifier:
     `load_jwks` was called.
     """
 
-    def __init__(self, settings: TokenSettings, wall_clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        settings: TokenSettings,
+        wall_clock: Callable[[], float] = time.time,
+        *,
+        foreign_issuers: Collection[str] = (),
+        may_fetch: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Tokens of `foreign_issuers` are verified elsewhere; `may_fetch`: whether the key set can be fetched anew
+        at this moment, for a token that names a key which is not in it.
+        """
         self._settings = settings
+        self._foreign = frozenset(foreign_issuers)
+        self._may_fetch = may_fetch
         self._wall_clock = wall_clock
         self._algorithm = get_default_algorithms()[settings.algorithm]
         self._fixed = _verification_keys(settings)
@@ -171,10 +204,15 @@ class TokenVerifier:
         self._keys = (*self._fixed, *usable)
         return len(usable)
 
-    def verify(self, token: str) -> Principal | ErrorCode:
-        """The caller, or CREDENTIAL_EXPIRED, or BAD_CREDENTIAL for all else. Knows no revocations."""
+    def verify(self, token: str) -> Principal | ErrorCode | None:
+        """The caller, or CREDENTIAL_EXPIRED, or BAD_CREDENTIAL for all else. Knows no revocations.
+
+        None: others must be asked, its issuer, or for new keys.
+        """
         if len(token) > MAX_TOKEN_BYTES:
             return ErrorCode.BAD_CREDENTIAL
+        if self._foreign and issuer_of(token) in self._foreign:
+            return None
         parts = _COMPACT.fullmatch(token)
         if parts is None:
             return ErrorCode.BAD_CREDENTIAL
@@ -183,10 +221,10 @@ class TokenVerifier:
             signature = _from_base64url(parts[3])
             if header.alg != self._settings.algorithm or header.crit is not msgspec.UNSET:
                 return ErrorCode.BAD_CREDENTIAL
-            if header.b64 is not msgspec.UNSET or not self._signed(
-                token, parts.end(2), signature, header.kid
-            ):
+            if header.b64 is not msgspec.UNSET:
                 return ErrorCode.BAD_CREDENTIAL
+            if not self._signed(token, parts.end(2), signature, header.kid):
+                return None if self._is_new(header.kid) else ErrorCode.BAD_CREDENTIAL
             claims = self._decode_claims(_from_base64url(parts[2]))
         except (ValueError, msgspec.DecodeError, RecursionError):
             return ErrorCode.BAD_CREDENTIAL
@@ -198,6 +236,15 @@ class TokenVerifier:
         if kid is not msgspec.UNSET and any(name == kid for name, _ in keys):
             keys = tuple(pair for pair in keys if pair[0] == kid)
         return any(self._algorithm.verify(signed, key, signature) for _, key in keys)
+
+    def _is_new(self, kid: str | msgspec.UnsetType) -> bool:
+        """Whether the key set may have a key of this name by now. Without a name every forged token would ask."""
+        return (
+            bool(self._settings.jwks_url)
+            and kid is not msgspec.UNSET
+            and all(name != kid for name, _ in self._keys)
+            and self._may_fetch()
+        )
 
     def _judge(self, claims: _Claims) -> Principal | ErrorCode:
         settings = self._settings
@@ -220,7 +267,7 @@ class TokenVerifier:
             return ErrorCode.CREDENTIAL_EXPIRED
         issued_at = float(claims.iat)
         exact = nonces.moment_of(claims.jti)
-        if exact is not None and int(exact) == int(claims.iat):
+        if exact is not None and int(claims.iat) <= exact < int(claims.iat) + FARTHEST_MOMENT_SECONDS:
             issued_at = exact
         return Principal(
             role=role,
@@ -233,6 +280,24 @@ class TokenVerifier:
             expires_at=float(claims.exp),
             via="token",
         )
+
+
+class _Issuer(msgspec.Struct):
+    iss: str = ""
+
+
+_decode_issuer = msgspec.json.Decoder(_Issuer).decode
+
+
+def issuer_of(token: str) -> str:
+    """The `iss` that a token claims, not verified; empty for what is no token or names none."""
+    if len(token) > MAX_TOKEN_BYTES:
+        return ""
+    parts = _COMPACT.fullmatch(token)
+    try:
+        return "" if parts is None else _decode_issuer(_from_base64url(parts[2])).iss
+    except (ValueError, msgspec.DecodeError, RecursionError):
+        return ""
 
 
 def key_faults(settings: TokenSettings) -> list[KeyMaterialError]:

@@ -13,6 +13,10 @@ import coincurve
 from Crypto.Hash import keccak
 
 ADDRESS_CHARACTERS: Final = 34
+CHAIN_ID: Final = "tron:0x2b6653dc"
+"""The main network, as CAIP-2 spells it."""
+SIGN_IN: Final = "{domain} wants you to sign in with your TRON account:"
+"""How a CAIP-122 text begins."""
 _ADDRESS_VERSION: Final = 0x41
 _SIGNATURE_BYTES: Final = 65
 _HEADER: Final = b"\x19TRON Signed Message:\n"

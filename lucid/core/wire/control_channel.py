@@ -13,6 +13,7 @@ been heard of for `DEAD_SECONDS` is dropped by whoever comes next.
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import platform
 import time
@@ -66,6 +67,8 @@ class ControlChannel:
         self._reloads: list[tuple[str, Reload]] = []
         self._to_reload: list[tuple[str, Reload]] = []
         self._outbox: deque[tuple[str, bytes]] = deque(maxlen=OUTBOX_LENGTH)
+        self._heard = -math.inf
+        """When the last good read began, all loaded by then."""
         self._last = b""
         """The version seen last; empty: never attached."""
         self._attached = False
@@ -79,6 +82,10 @@ class ControlChannel:
     def connected(self) -> bool:
         """Whether messages come and go at present."""
         return self._attached and self._beating
+
+    def silent_seconds(self) -> float:
+        """For how long it has not been known that every message came: up to a read's length while all is well."""
+        return time.monotonic() - self._heard
 
     def subscribe(self, kind: str, handler: Handler, reload: Reload | None = None) -> None:
         """`handler` gets each message of `kind`, this worker's own too; it must not block nor mind doubles.
@@ -209,7 +216,10 @@ class ControlChannel:
                 if self._to_reload:
                     await self._reload()
                 self._first_load.set()
+                begun = time.monotonic()
                 await self._read()
+                if not self._to_reload:
+                    self._heard = begun
                 if told:
                     _log.info("control channel: attached again")
                 told = False

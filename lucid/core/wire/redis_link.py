@@ -22,8 +22,10 @@ from redis.exceptions import RedisError, ResponseError
 ANSWER_SECONDS = 1.0
 """After that a command's fate counts as unknown and its connection is closed."""
 
-BLOCK_SECONDS = 1.0
-"""How long a blocking read waits in the server; its connection's own timeout leaves room above that."""
+BLOCK_SECONDS = 0.4
+"""How long a blocking read waits in the server; its connection's own timeout leaves room above that. Each return of one
+proves that nothing was missed up to its beginning: `ControlChannel.silent_seconds` can be no fresher than this.
+"""
 
 AWAY_ERRORS: tuple[type[Exception], ...] = (RedisError, OSError, TimeoutError)
 """Everything by which redis-py says that the server did not do it."""
