@@ -3,7 +3,7 @@ encoding.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Final, Generic, TypeVar
 from urllib.parse import parse_qsl
 
@@ -93,12 +93,9 @@ class Query(Generic[T]):
             raise _bad_field(str(error)) from None
 
 
-def answer_json(value: Any, status: int = 200, fields: Mapping[str, str] | None = None) -> HTTPResponse:
-    """`value` as JSON. Never stored by caches: what the gateway answers is of one caller and one moment (RFC 6749,
-    5.1 demands it for tokens).
-    """
-    headers = {"cache-control": "no-store", **(fields or {})}
-    return raw(msgspec.json.encode(value), status=status, headers=headers, content_type=JSON)
+def answer_json(value: Any, status: int = 200, fields: dict[str, str] | None = None) -> HTTPResponse:
+    """`value` as JSON."""
+    return raw(msgspec.json.encode(value), status=status, headers=fields, content_type=JSON)
 
 
 def no_content() -> HTTPResponse:

@@ -411,7 +411,7 @@ class AuthService:
         )
 
     async def look_up_api_key(self, digest: bytes) -> Principal | ErrorCode:
-        """Whose key has this digest: BAD_CREDENTIAL for an unknown or expired one, or one of a deleted
+        """Whose key has this digest: BAD_CREDENTIAL for an unknown one or one of a deleted
         user.
 
         It acts as its owner, with the key's role but never more than the owner has now. That it was used is noted;
@@ -452,9 +452,11 @@ class AuthService:
         self._key_uses[key_id] = moment
 
     async def _find_api_key(self, digest: bytes) -> Principal | ErrorCode:
-        key = await self._api_keys.find_by_digest(digest, self._now())
+        key = await self._api_keys.find_by_digest(digest)
         if key is None or key.role not in ROLES:
             return ErrorCode.BAD_CREDENTIAL
+        if key.expires_at is not None and key.expires_at <= self._now():
+            return ErrorCode.CREDENTIAL_EXPIRED
         owner = await self._users.find_by_id(key.user_id)
         if owner is None:
             return ErrorCode.BAD_CREDENTIAL

@@ -6,7 +6,8 @@
 
 To all others a user whom they may not touch is not there.
 
-Credentials are changed with a token from a login only: else a leaked API key would do to take an account over.
+Credentials are changed, and one's own account is deleted, with a token from a login only: else a leaked API key would
+do to take an account over, or to end it.
 """
 
 from typing import Annotated
@@ -108,6 +109,12 @@ def check_rights(changes: UserChanges, principal: Principal, own: bool) -> None:
         raise forbidden("Password and address are changed by their owner only")
     if changes.names("email", "password", "tron_address") and principal.via != "token":
         raise forbidden("Email, password and address are changed with a token from a login only")
+
+
+def check_deletion(principal: Principal, own: bool) -> None:
+    """Raises ROLE_TOO_LOW for a caller who would delete their own account with an API key."""
+    if own and principal.via != "token":
+        raise forbidden("One's own account is deleted with a token from a login only")
 
 
 def check_rank(present: Role, principal: Principal, own: bool) -> None:

@@ -38,6 +38,7 @@ from lucid.services.revocations import Revocations, of_user, user_moment
 from lucid.services.unbroken import Unbroken
 from lucid.services.user_rules import (
     UserChanges,
+    check_deletion,
     check_rank,
     check_rights,
     check_shape,
@@ -225,9 +226,11 @@ class UserService:
     async def delete(self, user_id: str, principal: Principal, caller: Caller) -> None:
         """Delete a user; the row stays for the record. Their address and email are free, their tokens dead at once."""
         user_id = target(user_id, principal)
+        own = user_id == principal.user_id
+        check_deletion(principal, own)
         for _ in range(MOST_JUDGEMENTS):
             user = await self._find(user_id)
-            check_rank(effective_role(user, self._admin_addresses), principal, user_id == principal.user_id)
+            check_rank(effective_role(user, self._admin_addresses), principal, own)
             if await self._unbroken(self._delete(user, principal, caller)):
                 return
         raise _changing()

@@ -617,7 +617,7 @@ def kill_at_random(world: World, rng: random.Random) -> None:
             world.kill_a_worker(rng)
         else:
             world.mongo.kill()
-            time.sleep(rng.uniform(0.0, 0.5))
+            time.sleep(rng.uniform(0.1, 0.7))
             world.mongo.start()
 
 
@@ -644,8 +644,8 @@ def test_what_was_acknowledged_survives_kills_of_everything_but_redis(world: Wor
     print(f"seed {SEED}: {dict(asking.done)}, 503: {asking.away}, no answer: {asking.lost}")
     assert not asking.wrong, "\n".join(asking.wrong[:20])
     # Had the kills hit nothing, all of this would prove nothing.
-    assert asking.away >= 3
-    assert asking.lost >= 3
+    assert asking.lost
+    assert asking.away + asking.lost >= 5
     assert all(asking.done[what] for what in NEEDED), asking.done
     world.wait_until_whole()
 

@@ -318,11 +318,9 @@ class FakeApiKeyRepository:
         self._by_digest[key.digest] = key.key_id
         self._by_user.setdefault(key.user_id, set()).add(key.key_id)
 
-    async def find_by_digest(self, digest: bytes, now: dt.datetime) -> ApiKeyDocument | None:
+    async def find_by_digest(self, digest: bytes) -> ApiKeyDocument | None:
         key = self._keys.get(self._by_digest.get(digest, ""))
-        if key is None or key.revoked_at is not None:
-            return None
-        return None if key.expires_at is not None and key.expires_at <= now else key
+        return None if key is None or key.revoked_at is not None else key
 
     async def list_of_user(self, user_id: str, skip: int, limit: int) -> tuple[list[ApiKeyDocument], int]:
         return page(self._live(user_id), lambda each: each.key_id, skip, limit)

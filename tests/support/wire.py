@@ -330,9 +330,7 @@ class World:
         loop.dial = self._dial
         cors = cors or Cors()
         keys = KeyMemory()
-        tokens = TokenMemory(
-            lambda token: CREDENTIALS.get(token, ErrorCode.BAD_CREDENTIAL), lambda: 0.0, 100
-        )
+        tokens = TokenMemory(lambda token: CREDENTIALS.get(token, ErrorCode.BAD_CREDENTIAL), lambda: 0.0, 100)
         self.policy = Policy(
             routes=TABLE if routes is ROUTES else RouteTable.build(routes),
             tiers=tiers,

@@ -19,6 +19,9 @@ SECURITY_FIELDS: Final = (
     ("Referrer-Policy", "no-referrer"),
     ("Cross-Origin-Resource-Policy", "same-origin"),
     ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"),
+    # Of one caller and one moment. RFC 9111, 3.5 keeps shared caches from answers to Authorization only, and a 404 may
+    # be kept by heuristics.
+    ("Cache-Control", "no-store"),
 )
 """On every answer that the gateway makes itself (OWASP's list for APIs); backends answer for their own."""
 

@@ -100,7 +100,7 @@ class ControlChannel:
     async def publish(self, kind: str, body: Mapping[str, Any]) -> bool:
         """Sends to all workers. False: Redis is away; the message is kept and sent when it is back."""
         message = (kind, _encode(body))
-        if self._outbox or not self._beating:
+        if self._outbox or not self.connected:
             self._keep(message)
             return False
         try:
