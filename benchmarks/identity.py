@@ -68,7 +68,9 @@ async def wallet_logins(count: int) -> tuple[float, float]:
     redis = FakeRedis()
     memory = TokenMemory(TokenVerifier(SETTINGS).verify, time.time, 100_000)
 
-    async def publish(_: dict[str, Any]) -> None: ...
+    async def publish(_: dict[str, Any]) -> bool:
+        return True
+
     async def charge(*_: object) -> None: ...
 
     service = AuthService(

@@ -5,6 +5,7 @@ every backend may be down, the worker serves all the same and readiness says wha
 """
 
 import asyncio
+import contextlib
 import datetime as dt
 import gc
 import logging
@@ -13,7 +14,6 @@ import random
 import ssl
 import sys
 import time
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -73,6 +73,8 @@ FLUSH_SECONDS = 0.5
 DRAIN_NOTICE_SECONDS = 0.5
 """Between failing readiness and refusing to keep connections: what is on its way still gets its answer."""
 KEY_USES_SECONDS = 60.0
+FIRST_LOOK_SECONDS = 1.0
+"""So long a worker that starts waits for what MongoDB knows to be revoked. It serves without, too."""
 REMEMBERED_TOKENS = 50_000
 NO_TIMEOUT_SECONDS = 300.0
 """What a breaker allows a trial besides the route's timeouts, which begin behind a body that may take long. Every
@@ -125,14 +127,14 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
     # --- what people and operators do: services ---
     named = {limit.name: limit for route in routes.routes for limit in route.limits}
     rate_limit_service = RateLimitService(leases, {**named, **limits})
-    revocations = Revocations(
-        redis.commands, tokens, partial(_publish, control, "revocation"), time.time, keys
-    )
-    control.subscribe("revocation", revocations.on_revocation, revocations.load_revocations)
     accounts = UserRepository(mongodb, indexes)
     logins = RefreshTokenRepository(mongodb)
     api_keys = ApiKeyRepository(mongodb, indexes)
     records = SessionRepository(mongodb)
+    revocations = Revocations(
+        redis.commands, tokens, partial(control.publish, "revocation"), time.time, keys, logins.count_untold
+    )
+    control.subscribe("revocation", revocations.on_revocation, revocations.load_revocations)
     admins = settings.server.admin_tron_addresses
     challenges = Challenges(redis.commands, settings.server.public_origin, time.time)
     hashing, delays = PasswordHashing(), LoginDelays(redis.commands)
@@ -258,6 +260,10 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
         nonlocal serving
         await control.start()
         await leases.start()
+        # What Redis did not tell MongoDB does, before the first request: a worker that starts remembers nothing.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_LOOK_SECONDS):
+                await watch.look()
         tasks.every("sweep", SWEEP_SECONDS, lambda: wire.sweep(time.monotonic()))
         tasks.every("access log", FLUSH_SECONDS, access_log.flush)
         tasks.start("health", monitor.run)
@@ -364,10 +370,6 @@ def _say_transition(transition: Transition) -> None:
         transition.reason.value,
         transition.mode.value,
     )
-
-
-async def _publish(control: ControlChannel, kind: str, body: Mapping[str, Any]) -> None:
-    await control.publish(kind, body)
 
 
 async def _redis_answers(redis: RedisLink) -> bool:

@@ -23,6 +23,7 @@ from lucid.errors import ErrorCode, GatewayError, away
 _FAMILY: Final = "family"
 _TOKEN: Final = "token"  # noqa: S105
 _USER: Final = "user"
+_UNTOLD: Final = "untold"
 _UPSERT_ATTEMPTS: Final = 5
 
 
@@ -171,6 +172,17 @@ class RefreshTokenRepository:
                 if written is not None:
                     return
         raise away("mongodb")
+
+    async def count_untold(self) -> None:
+        """Note that something was revoked of which Redis could not be told: see `untold`."""
+        with self._connection.border():
+            await self._rows.update_one({"_id": _UNTOLD}, {"$inc": {"count": 1}}, upsert=True)
+
+    async def untold(self) -> int:
+        """How often it was so: where this has changed, `revoked_since` has news that comes by no other way."""
+        with self._connection.border():
+            row = await self._rows.find_one({"_id": _UNTOLD}, {"count": 1})
+        return 0 if row is None else int(row.get("count", 0))
 
     async def revoked_since(self, moment: dt.datetime, *, lasting: bool = False) -> RevokedLogins:
         """The logins and users whose revocation is of `moment` or later and whose row has not gone.

@@ -177,7 +177,13 @@ class Secantus(EmbeddedServer):
 
     @property
     def uri(self) -> str:
-        return f"mongodb://{LOOPBACK}:{self.port}/lucid"
+        return self.in_database("lucid")
+
+    def in_database(self, name: str) -> str:
+        """It announces retryable writes and forgets in a crash which it has done: the driver's second attempt then
+        collides with its first, which looks like a conflict. Without, whoever asked is told that it is not known.
+        """
+        return f"mongodb://{LOOPBACK}:{self.port}/{name}?retryWrites=false"
 
 
 def find_valkey() -> str | None:

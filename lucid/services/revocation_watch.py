@@ -1,10 +1,9 @@
-"""What a worker does about revocations while the control channel is silent: it asks MongoDB.
+"""What a worker does about revocations that the control channel does not bring: it asks MongoDB.
 
 Every revocation stands in MongoDB before it is told (revocations.py), so a worker that Redis does not reach asks there,
-often enough that none is unknown for longer than a second: the channel proves itself each `BLOCK_SECONDS` (0.4 s),
+often enough that none is unknown for longer than a second: the channel proves itself each `BLOCK_SECONDS` (0.3 s),
 after `SILENT_SECONDS` it counts as silent, and from then on MongoDB is asked each `POLL_SECONDS`. While the channel
-speaks MongoDB is asked now and then all the same, for the one case in which nothing is silent here: whoever revoked
-could not reach Redis, and we can.
+speaks, only whether somebody has revoked whom Redis does not reach: one look at one row.
 
 Cut off from both, the worker goes on accepting what it cannot know to be revoked, until it expires, and says so
 (`blind`).
@@ -20,12 +19,13 @@ from lucid.database.api_key_repository import ApiKeyRepository
 from lucid.database.refresh_token_repository import RefreshTokenRepository
 from lucid.database.user_repository import UserRepository
 from lucid.errors import GatewayError
-from lucid.services.revocations import USER_SECONDS, Revocation, Revocations, of_key, of_user
+from lucid.services.revocations import USER_SECONDS, Revocation, Revocations, of_user
 
 TICK_SECONDS: Final = 0.1
 SILENT_SECONDS: Final = 0.6
 POLL_SECONDS: Final = 0.7
-CONNECTED_POLL_SECONDS: Final = 15.0
+CONNECTED_POLL_SECONDS: Final = 30.0
+"""Between two questions that nothing gave cause for: what a worker could not count as untold before it died."""
 ANSWER_SECONDS: Final = 0.7
 """Longer than that no poll is waited for: the next may find another server."""
 FIRST_ANSWER_SECONDS: Final = 5.0
@@ -66,6 +66,12 @@ class RevocationWatch:
         self._asked_until: float | None = None
         """Seconds since the epoch: what was revoked before is known. None: nothing was ever asked."""
         self._next = 0.0
+        """When it is time to ask, on the monotonic scale."""
+        self._full = 0.0
+        """When it is time to ask for everything."""
+        self._untold: int | None = None
+        self._known: set[Revocation] = set()
+        """What the last answer told: the next one overlaps with it."""
         self._silent = False
         self.blind = False
         """Whether neither Redis nor MongoDB tells of revocations at present."""
@@ -91,11 +97,16 @@ class RevocationWatch:
             self._see(True)
         if now < self._next:
             return
-        self._next = now + (POLL_SECONDS if silent else CONNECTED_POLL_SECONDS)
+        self._next = now + POLL_SECONDS
         try:
             first = self._asked_until is None
             async with asyncio.timeout(FIRST_ANSWER_SECONDS if first else ANSWER_SECONDS):
-                await self.poll()
+                # Read before the rest, and taken for known only after it: what is counted meanwhile is seen next time.
+                untold = self._untold if silent else await self._refresh_tokens.untold()
+                if silent or now >= self._full or untold != self._untold:
+                    await self.poll()
+                    self._full = now + CONNECTED_POLL_SECONDS
+                    self._untold = untold
         except (GatewayError, TimeoutError):
             if silent:
                 self._see(False)
@@ -114,13 +125,22 @@ class RevocationWatch:
             self._users.revoked_since(_moment(users)),
             self._api_keys.revoked_since(_moment(logins)),
         )
-        for family, revoked_at, until in revoked.families:
-            ends = revoked_at.timestamp() + self._token_seconds if until is None else until.timestamp()
-            self._revocations.apply(Revocation(family=family, until=ends))
-        for user_id, issued_before in (*revoked.users, *changed):
-            self._revocations.apply(of_user(user_id, issued_before.timestamp()))
-        for digest in keys:
-            self._revocations.apply(of_key(digest, begun))
+        told = {
+            *(
+                Revocation(
+                    family=family,
+                    until=(revoked_at.timestamp() + self._token_seconds)
+                    if until is None
+                    else until.timestamp(),
+                )
+                for family, revoked_at, until in revoked.families
+            ),
+            *(of_user(user_id, before.timestamp()) for user_id, before in (*revoked.users, *changed)),
+            *(Revocation(key=digest.hex(), until=0.0) for digest in keys),
+        }
+        for revocation in told - self._known:
+            self._revocations.apply(revocation)
+        self._known = told
         self._asked_until = begun - OVERLAP_SECONDS
 
     def _see(self, seeing: bool) -> None:

@@ -41,7 +41,8 @@ USER_SECONDS: Final = LONGEST_LIFE_MINUTES * 60.0 + 3_600.0
 KEY_SECONDS: Final = 60.0
 MOST_UNKEPT: Final = 1_000
 
-Publish = Callable[[dict[str, Any]], Awaitable[None]]
+Publish = Callable[[dict[str, Any]], Awaitable[bool]]
+CountUntold = Callable[[], Awaitable[None]]
 
 _log = logging.getLogger(__name__)
 
@@ -77,8 +78,8 @@ def user_moment(now: float) -> float:
 class Revocations:
     """Applies, keeps and publishes revocations.
 
-    `publish` sends a message to all workers, or keeps it until it can, and does not raise; each worker, this one
-    included, hands it to `on_revocation`. A new worker, and one that has missed messages, calls
+    `publish` sends a message to all workers, or keeps it until it can and says False; it does not raise. Each worker,
+    this one included, hands it to `on_revocation`. A new worker, and one that has missed messages, calls
     `load_revocations`.
     """
 
@@ -89,9 +90,14 @@ class Revocations:
         publish: Publish,
         wall_clock: Callable[[], float],
         keys: KeyMemory | None = None,
+        count_untold: CountUntold | None = None,
     ) -> None:
+        """`count_untold` is called where `publish` says False, for those whom Redis reaches while it does not reach
+        us; it may raise GatewayError.
+        """
         self._redis = redis
         self._memory = memory
+        self._count_untold = count_untold
         self._keys = keys if keys is not None else KeyMemory()
         self._publish = publish
         self._wall_clock = wall_clock
@@ -152,8 +158,13 @@ class Revocations:
             late = await self._keep()
         except GatewayError:
             late = []
-        for revocation in dict.fromkeys([*late, *revocations]):
+        told = [
             await self._publish(msgspec.to_builtins(revocation))
+            for revocation in dict.fromkeys([*late, *revocations])
+        ]
+        if not all(told) and self._count_untold is not None:
+            with contextlib.suppress(GatewayError):
+                await self._count_untold()
 
     async def _keep(self) -> list[Revocation]:
         """Store what waits, and say what that was. Raises DEPENDENCY_AWAY, and all of it waits on."""

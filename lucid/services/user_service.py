@@ -217,6 +217,9 @@ class UserService:
             await self._check_proofs(user, changes, proofs, caller)
             data = _differences(user, changes, proofs)
             if not data:
+                if changes.role is not UNSET and user.tokens_revoked_at is not None:
+                    # Asked for again: whoever wrote it may have died before it could tell of it.
+                    await self._revocations.revoke(of_user(user.user_id, user.tokens_revoked_at.timestamp()))
                 return self._view(user)
             written = await self._unbroken(self._write(user, data, principal, caller))
             if written is not None:

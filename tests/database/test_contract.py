@@ -473,6 +473,15 @@ async def test_the_row_of_an_ended_login_stays_as_long_as_its_last_access_token(
 
 
 @contract
+async def test_what_could_not_be_told_is_counted(w: World) -> None:
+    assert await w.refresh_tokens.untold() == 0
+    await asyncio.gather(*(w.refresh_tokens.count_untold() for _ in range(5)))
+    assert await w.refresh_tokens.untold() == 5
+    revoked = await w.refresh_tokens.revoked_since(NOW - 1_000 * DAY, lasting=True)
+    assert (revoked.families, revoked.users) == ([], [])
+
+
+@contract
 async def test_all_logins_of_one_user_end(w: World) -> None:
     for i, owner in enumerate(["u", "u", "u", "v"]):
         await family(w, f"f{i}", owner, bytes([i]) * 32)

@@ -100,7 +100,7 @@ def door(
         "JWT_SECRET_KEY": SECRET,
         "LOG_FORMAT": "text",
         "REDIS_URI": own_redis(valkey),
-        "MONGODB_URI": f"{secantus.uri.removesuffix('lucid')}{folder.name}",
+        "MONGODB_URI": secantus.in_database(folder.name),
         "RATE_LIMIT_PUBLIC": "100000",
         "RATE_LIMIT_LOGIN": "1000",
         **clusters(backend),

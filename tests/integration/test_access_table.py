@@ -574,7 +574,7 @@ def environment(
             "JWT_SECRET_KEY": SECRET,
             "LOG_FORMAT": "text",
             "REDIS_URI": own_redis(valkey),
-            "MONGODB_URI": f"{secantus.uri.removesuffix('lucid')}{folder.name}",
+            "MONGODB_URI": secantus.in_database(folder.name),
             "CORS_ORIGINS": ORIGIN,
             "GATEWAY_CONFIG": str(file),
             **{f"RATE_LIMIT_{name}": "1000000" for name in limits},

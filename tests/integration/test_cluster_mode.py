@@ -84,7 +84,7 @@ def door(
         JWT_SECRET_KEY=SECRET,
         LOG_FORMAT="text",
         REDIS_URI=own_redis(valkey),
-        MONGODB_URI=f"{secantus.uri.removesuffix('lucid')}{folder.name}",
+        MONGODB_URI=secantus.in_database(folder.name),
         AUTH_SERVICE_URL=server.url,
         AUTH_SERVICE_ISSUERS=ISSUER,
         CIRCUIT_RECOVERY_SECONDS="1",

@@ -95,7 +95,7 @@ def _environment(backend: Backend, mongo: MongoChild, redis: RedisChild) -> dict
         LOG_FORMAT="text",
         # SecantusDB 0.7 says that it remembers which writes it has made, and a crash makes it forget: a write that the
         # driver sends again would be done twice, or be refused because of itself.
-        MONGODB_URI=mongo.in_database("lucid?retryWrites=false"),
+        MONGODB_URI=mongo.in_database("lucid"),
         REDIS_URI=redis.uri,
         **{f"RATE_LIMIT_{name}": "off" for name in names},
         **clusters(backend),

@@ -63,7 +63,7 @@ def door(
         "JWT_SECRET_KEY": SECRET,
         "LOG_FORMAT": "text",
         "REDIS_URI": own_redis(valkey),
-        "MONGODB_URI": f"{secantus.uri.removesuffix('lucid')}{folder.name}",
+        "MONGODB_URI": secantus.in_database(folder.name),
         **{f"RATE_LIMIT_{name}": "1000000" for name in limits},
         **clusters(backend),
     }

@@ -178,6 +178,10 @@ def test_how_often_it_asks(mongo: MongoChild) -> None:
             return w.polls - before
 
         assert await polls(2 * CONNECTED_POLL_SECONDS - 1, silent=False) == 2
+        # Somebody has revoked whom Redis does not reach: then it is time at once.
+        await w.refresh_tokens.count_untold()
+        assert await polls(POLL_SECONDS + 0.2, silent=False) == 1
+        assert await polls(3 * POLL_SECONDS, silent=False) <= 1
         # Each 0.1 s is looked whether it is time, so a question may be that late.
         assert await polls(8 * (POLL_SECONDS + 0.1), silent=True) in (8, 9)
         w.now += 0.01

@@ -39,8 +39,8 @@ class Wired:
         revocations = self.worker.revocations
         self.channel.subscribe("revocation", revocations.on_revocation, revocations.load_revocations)
 
-    async def _publish(self, body: Mapping[str, Any]) -> None:
-        await self.channel.publish("revocation", body)
+    async def _publish(self, body: Mapping[str, Any]) -> bool:
+        return await self.channel.publish("revocation", body)
 
 
 @contextlib.asynccontextmanager
@@ -94,9 +94,18 @@ class Script:
     def __init__(self) -> None:
         self.now = 1_000.0
         self.published: list[dict[str, Any]] = []
+        self.reached = True
+        self.mongodb_away = False
+        self.untold = 0
 
-    async def publish(self, body: dict[str, Any]) -> None:
+    async def publish(self, body: dict[str, Any]) -> bool:
         self.published.append(body)
+        return self.reached
+
+    async def count_untold(self) -> None:
+        self.untold += 1
+        if self.mongodb_away:
+            raise GatewayError(ErrorCode.DEPENDENCY_AWAY)
 
     def memory(self) -> TokenMemory:
         return TokenMemory(lambda _: ErrorCode.BAD_CREDENTIAL, lambda: self.now, 10)
@@ -195,3 +204,32 @@ def test_a_caller_that_leaves_takes_no_revocation_along() -> None:
         await until(lambda: len(script.published) == 1)
 
     asyncio.run(main())
+
+
+def test_what_redis_could_not_be_told_is_counted_in_mongodb() -> None:
+    """For those whom Redis reaches while it does not reach us: they look at the count."""
+
+    async def main(server: RedisChild) -> None:
+        script = Script()
+        async with contextlib.AsyncExitStack() as stack:
+            link = RedisLink(server.uri)
+            stack.push_async_callback(link.close)
+            revocations = Revocations(
+                link.commands,
+                script.memory(),
+                script.publish,
+                lambda: script.now,
+                count_untold=script.count_untold,
+            )
+            for reached, away, untold in (
+                (True, False, 0),
+                (False, False, 1),
+                (False, True, 2),
+                (True, False, 2),
+            ):
+                script.reached, script.mongodb_away = reached, away
+                await revocations.revoke(Revocation(family=f"f{untold}{reached}{away}", until=2_000.0))
+                assert script.untold == untold
+
+    with valkey() as server:
+        asyncio.run(main(server))

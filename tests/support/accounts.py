@@ -127,8 +127,9 @@ class Accounts:
     def utc_now(self) -> dt.datetime:
         return dt.datetime.fromtimestamp(self.now, dt.UTC)
 
-    async def _publish(self, body: dict[str, Any]) -> None:
+    async def _publish(self, body: dict[str, Any]) -> bool:
         self.published.append(body)
+        return True
 
     async def add(
         self, role: str = "user", *, email: str | None = "", password: str | None = PASSWORD, **more: Any

@@ -212,6 +212,7 @@ class FakeUserRepository:
 
 class FakeRefreshTokenRepository:
     def __init__(self) -> None:
+        self._untold = 0
         self._tokens: dict[bytes, str] = {}
         self._families: dict[str, FamilyDocument] = {}  # tombstones too, with an empty `current`
         self._users: dict[str, tuple[dt.datetime, dt.datetime]] = {}  # revoked at, expires at
@@ -283,6 +284,12 @@ class FakeRefreshTokenRepository:
             revoked_at, expires_at = self._users.get(user_id, (None, None))
             self._users[user_id] = (later(revoked_at, now), later(expires_at, tokens_until))
         return len(alive)
+
+    async def count_untold(self) -> None:
+        self._untold += 1
+
+    async def untold(self) -> int:
+        return self._untold
 
     async def revoked_since(self, moment: dt.datetime, *, lasting: bool = False) -> RevokedLogins:
         moment = milliseconds(moment)

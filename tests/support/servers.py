@@ -321,7 +321,7 @@ def gateway(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable
             given["REDIS_URI"] = own_redis(server)
         if "MONGODB_URI" not in given:
             name = f"test_{os.getpid()}_{time.monotonic_ns()}"
-            given["MONGODB_URI"] = f"{request.getfixturevalue('secantus').uri.removesuffix('lucid')}{name}"
+            given["MONGODB_URI"] = request.getfixturevalue("secantus").in_database(name)
         base = {
             "HOST": LOOPBACK,
             "PORT": str(free_port()),

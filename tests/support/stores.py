@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import pytest
 
-from lucid.dev.embedded import LOOPBACK, EmbeddedServer, Secantus, Valkey, free_port
+from lucid.dev.embedded import EmbeddedServer, Secantus, Valkey, free_port
 
 __all__ = ["MongoChild", "RedisChild", "free_port", "mongodb", "valkey"]
 
@@ -37,9 +37,6 @@ AnyChild = TypeVar("AnyChild", bound="_Kept")
 
 class MongoChild(_Kept, Secantus):
     """SecantusDB, durable."""
-
-    def in_database(self, name: str) -> str:
-        return f"mongodb://{LOOPBACK}:{self.port}/{name}"
 
 
 class RedisChild(_Kept, Valkey):

@@ -56,11 +56,12 @@ class Fleet:
     def wall_clock(self) -> float:
         return self.now
 
-    async def publish(self, body: dict[str, Any]) -> None:
+    async def publish(self, body: dict[str, Any]) -> bool:
         body = msgspec.json.decode(msgspec.json.encode(body))
         self.published.append(body)
         for worker in () if self.cut else self.workers:
             worker.revocations.on_revocation(body)
+        return not self.cut
 
     async def charge(self, limit_name: str, identifier: str, _exchange: ClaimHolder | None) -> None:
         self.charged.append((limit_name, identifier))

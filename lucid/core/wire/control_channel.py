@@ -68,7 +68,7 @@ class ControlChannel:
         self._to_reload: list[tuple[str, Reload]] = []
         self._outbox: deque[tuple[str, bytes]] = deque(maxlen=OUTBOX_LENGTH)
         self._heard = -math.inf
-        """When the last good read began, all loaded by then."""
+        """Up to when nothing was missed."""
         self._last = b""
         """The version seen last; empty: never attached."""
         self._attached = False
@@ -217,9 +217,10 @@ class ControlChannel:
                     await self._reload()
                 self._first_load.set()
                 begun = time.monotonic()
-                await self._read()
+                came = await self._read()
                 if not self._to_reload:
-                    self._heard = begun
+                    # With nothing to bring, the server has waited before it answered; what had come, had ended that.
+                    self._heard = begun + (0.0 if came else BLOCK_SECONDS)
                 if told:
                     _log.info("control channel: attached again")
                 told = False
@@ -265,7 +266,8 @@ class ControlChannel:
                 pending.append((kind, reload))
         self._to_reload = pending
 
-    async def _read(self) -> None:
+    async def _read(self) -> bool:
+        """Whether anything came."""
         answer = await self._redis.wait(
             "XREAD",
             "COUNT",
@@ -285,6 +287,7 @@ class ControlChannel:
             for entry_id, fields in entries:
                 self._last = bytes(entry_id)
                 self._dispatch(fields)
+        return bool(answer)
 
     def _dispatch(self, fields: Mapping[bytes, bytes]) -> None:
         kind = fields.get(b"kind", b"").decode("utf-8", "replace")

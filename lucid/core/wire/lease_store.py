@@ -262,6 +262,7 @@ class LeaseStore:
                     _log.exception("the limiter's task failed and goes on")
                 failing = True
                 self._go_away("a fault in the limiter")
+                self.leases.decide_waiting(self._clock())
                 await asyncio.sleep(LONGEST_PROBE_SECONDS)
 
     async def _turn(self) -> None:
@@ -304,6 +305,8 @@ class LeaseStore:
         except FAILURES as error:
             self._go_away(error)
             self.leases.fail(flight, self._clock())
+            # Who came while the call was on its way would wait until Redis is back.
+            self.leases.decide_waiting(self._clock())
             return
         except BaseException:
             # Stopping: who waited is queued again, and `stop` settles the queue.

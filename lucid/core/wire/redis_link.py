@@ -13,18 +13,24 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from redis.asyncio import ConnectionPool, Redis
-from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.connection import (
+    AbstractConnection,
+    Connection,
+    SSLConnection,
+    UnixDomainSocketConnection,
+)
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as LostError
 from redis.exceptions import RedisError, ResponseError
 
 ANSWER_SECONDS = 1.0
 """After that a command's fate counts as unknown and its connection is closed."""
 
-BLOCK_SECONDS = 0.4
-"""How long a blocking read waits in the server; its connection's own timeout leaves room above that. Each return of one
-proves that nothing was missed up to its beginning: `ControlChannel.silent_seconds` can be no fresher than this.
+BLOCK_SECONDS = 0.3
+"""How long a blocking read waits in the server; its connection's own timeout leaves room above that. A worker learns no
+sooner than this that nothing comes from Redis any more (`ControlChannel.silent_seconds`).
 """
 
 AWAY_ERRORS: tuple[type[Exception], ...] = (RedisError, OSError, TimeoutError)
@@ -45,6 +51,33 @@ async def end_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
         for task in pending:
             task.cancel()
         _, pending = await asyncio.wait(pending, timeout=0.05)
+
+
+class _Sends:
+    """What a transport says that was reset meanwhile is a lost connection: uvloop raises RuntimeError, which redis-py
+    lets through.
+    """
+
+    async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        try:
+            await super().send_packed_command(command, check_health)  # type: ignore[misc]
+        except RuntimeError as error:
+            raise LostError(f"the connection was lost: {error}") from error
+
+
+class _Tcp(_Sends, Connection):
+    pass
+
+
+class _Tls(_Sends, SSLConnection):
+    pass
+
+
+class _Unix(_Sends, UnixDomainSocketConnection):
+    pass
+
+
+_CLASSES: dict[str, type[AbstractConnection]] = {"redis": _Tcp, "rediss": _Tls, "unix": _Unix}
 
 
 class RedisLink:
@@ -82,6 +115,7 @@ class RedisLink:
         if scheme not in {"redis", "rediss", "unix"}:
             raise ValueError("REDIS_URI: must begin with redis://, rediss://, unix:// or redis+sentinel://")
         pool: ConnectionPool = ConnectionPool.from_url(uri, **options)
+        pool.connection_class = _CLASSES[scheme]
         return Redis(connection_pool=pool)
 
     def _behind_sentinels(self, uri: str, options: dict[str, Any]) -> Redis:
