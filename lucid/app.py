@@ -154,6 +154,7 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
         charge=rate_limit_service.charge,
         cluster=cluster,
         fetch_keys=signing_keys.load if settings.tokens.jwks_url else None,
+        generation=lambda: keys.generation,
     )
     user_service = UserService(
         users=accounts,
@@ -190,8 +191,8 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
 
     async def look_up(need: LookUp) -> Principal | ErrorCode:
         if need.token:
-            return await auth_service.look_up_token(need.token)
-        return await auth_service.look_up_api_key(need.digest)
+            return await auth_service.look_up_token(need.token, need.asker)
+        return await auth_service.look_up_api_key(need.digest, need.asker)
 
     # --- a request's life: core/gateway ---
     policy = Policy(

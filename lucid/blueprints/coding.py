@@ -88,9 +88,15 @@ class Query(Generic[T]):
             names = [name for name, _ in pairs]
             raise bad_field(next(name for name in names if names.count(name) > 1), "must be given once")
         try:
-            return msgspec.convert(values, self._kind, strict=False)
+            read = msgspec.convert(values, self._kind, strict=False)
         except msgspec.ValidationError as error:
             raise _bad_field(str(error)) from None
+        for name, text in values.items():
+            number = getattr(read, name)
+            # msgspec reads `1e3` and `1.0` as integers too.
+            if isinstance(number, int) and str(number) != text:
+                raise bad_field(name, "must be an integer in plain digits")
+        return read
 
 
 def answer_json(value: Any, status: int = 200, fields: dict[str, str] | None = None) -> HTTPResponse:

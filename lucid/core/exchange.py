@@ -116,6 +116,8 @@ class LookUp(msgspec.Struct, frozen=True):
     """SHA-256 of the credential. An API key itself goes no further than the head."""
     token: str = ""
     """The token, where it is one: of another issuer, or under a key that may be new. Empty: it is an API key."""
+    asker: str = ""
+    """What limits count the caller's address by."""
 
     def __repr__(self) -> str:
         return f"LookUp({'token' if self.token else 'key'} {self.digest.hex()[:8]})"

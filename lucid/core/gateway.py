@@ -153,6 +153,7 @@ class Gateway:
         now = self.monotonic()
         if not isinstance(answer, Principal):
             self._keys.put(need.digest, answer, now)
+            self._keys.failed(need.asker, now)
         elif need.token:
             self._tokens.remember(need.token, answer, now, LEARNED_TOKEN_SECONDS)
         else:
@@ -178,7 +179,8 @@ class Gateway:
         """The refusal of a body whose framing is lost."""
         return Refusal(ErrorCode.MALFORMED_BODY, reason, close=True)
 
-    def error_refusal(self, error: GatewayError, *, source: Source = Source.GATEWAY) -> Refusal:
+    def error_refusal(self, error: GatewayError) -> Refusal:
+        source = Source.GATEWAY if error.code.status >= 500 else Source.CALLER
         return Refusal(error.code, str(error), details=error.details, fields=error.fields, source=source)
 
     def refusal_answer(self, x: Exchange, refusal: Refusal, *, close: bool) -> bytes:

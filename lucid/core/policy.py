@@ -47,6 +47,8 @@ from lucid.core.security.api_keys import digest as key_digest
 from lucid.core.security.api_keys import is_api_key
 from lucid.errors import ErrorCode
 
+MOST_FAILURES = 100
+"""Look-ups of credentials in a minute that found nobody, of one address; the public limit where that is less."""
 LONGEST_REMEMBERED = 256
 """Characters of a target: 4,096 of them fill some 2 MB at the most."""
 
@@ -79,6 +81,8 @@ class Policy:
         """`tiers` are the tiers' limits by name (a tier that is off is absent); `jitter` gives [0, 1)."""
         self._routes = routes
         self._tiers = {limit.name: limit for limit in tiers}
+        public = self._tiers.get("public")
+        self._most_failures = MOST_FAILURES if public is None else min(public.requests, MOST_FAILURES)
         self._limit_sets: dict[tuple[Route | None, str], LimitSet] = {}
         self._tokens = tokens
         self._keys = keys
@@ -205,7 +209,12 @@ class Policy:
         route = x.route
         if x.credential_lost or (route.access is _PUBLIC and not route.counted):
             return ErrorCode.BAD_CREDENTIAL
-        return LookUp(digest, token)
+        asker = identifier(x.address)
+        # Who has been refused so often has no public quota left, and is told so without anybody being asked. Whoever
+        # shares the address goes on with what is known here.
+        if self._keys.failures(asker, now) >= self._most_failures:
+            return ErrorCode.BAD_CREDENTIAL
+        return LookUp(digest, token, asker)
 
     def _public(self, address: str) -> Principal:
         return Principal(Role.PUBLIC, "public", identifier(address))

@@ -103,11 +103,13 @@ class AuthService:
         charge: Charge,
         cluster: AuthCluster | None = None,
         fetch_keys: Callable[[], Awaitable[object]] | None = None,
+        generation: Callable[[], int] = lambda: 0,
         wall_clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """`cluster` gives the tokens instead of `issuer`. `fetch_keys` fetches the key set anew, for a token that
-        names a key which is not known here. `monotonic` is the clock by which `memory` is asked.
+        names a key which is not known here. `generation` is that of what is remembered about API keys. `monotonic`
+        is the clock by which `memory` is asked.
         """
         self._users = users
         self._refresh_tokens = refresh_tokens
@@ -139,7 +141,9 @@ class AuthService:
         self._wall_clock = wall_clock
         self._monotonic = monotonic
         self._key_look_ups = LookUps(
-            self._find_api_key, lambda: away("mongodb", "Too many API keys are being looked up")
+            self._find_api_key,
+            lambda: away("mongodb", "Too many API keys are being looked up"),
+            generation=generation,
         )
         self._token_look_ups = LookUps(self._find_token, _too_many_tokens)
         self._key_uses: dict[str, dt.datetime] = {}
@@ -410,24 +414,23 @@ class AuthService:
             expires_at=_moment(principal.expires_at),
         )
 
-    async def look_up_api_key(self, digest: bytes) -> Principal | ErrorCode:
-        """Whose key has this digest: BAD_CREDENTIAL for an unknown one or one of a deleted
-        user.
+    async def look_up_api_key(self, digest: bytes, asker: str = "") -> Principal | ErrorCode:
+        """Whose key has this digest: BAD_CREDENTIAL for an unknown one or one of a deleted user, CREDENTIAL_EXPIRED.
 
         It acts as its owner, with the key's role but never more than the owner has now. That it was used is noted;
         `flush_key_uses` writes it down. Raises DEPENDENCY_AWAY, also where too many others are being looked up.
         """
-        answer = await self._key_look_ups(digest)
+        answer = await self._key_look_ups(digest, asker)
         if isinstance(answer, Principal):
             self._note_key_use(answer.token_id, self._now())
         return answer
 
-    async def look_up_token(self, token: str) -> Principal | ErrorCode:
+    async def look_up_token(self, token: str, asker: str = "") -> Principal | ErrorCode:
         """What others say of a token about which `TokenMemory.principal` says None: the authentication cluster, or
         the key set fetched anew. Equal ones are asked about once. Knows no revocations: hand the answer to
         `TokenMemory.remember`. Raises RATE_LIMITED, BACKEND_..., also where too many others are being looked up.
         """
-        return await self._token_look_ups(token.encode("utf-8", "surrogatepass"))
+        return await self._token_look_ups(token.encode("utf-8", "surrogatepass"), asker)
 
     async def flush_key_uses(self) -> None:
         """Write down when API keys were last used, all in one call. Call it now and then, and at the end. Without

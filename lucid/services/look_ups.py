@@ -1,10 +1,11 @@
 """Look-ups by a key that strangers choose: few at once, equal ones merged, and no queue without an end.
 
 Whoever invents API keys makes one look-up with each. Unbounded, these would take the whole pool of connections
-to the database from those who log in.
+to the database from those who log in; and unless nobody may fill the queue alone, all others' keys would be refused.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Final, Generic, TypeVar
 
@@ -12,6 +13,10 @@ from lucid.errors import GatewayError
 
 MOST_AT_ONCE: Final = 8
 MOST_WAITING: Final = 64
+MOST_OF_ONE: Final = 16
+"""Look-ups of one asker, once half of all places are taken. Until then an office whose keys are all new after a deploy
+has as many as it needs.
+"""
 
 T = TypeVar("T")
 
@@ -19,8 +24,9 @@ T = TypeVar("T")
 class LookUps(Generic[T]):
     """`look_up(key)`, at most `most_at_once` under way and `most_waiting` behind them; more raise `overload()`.
 
-    A key that is being looked up already is not looked up twice: all who ask share the answer, or the error.
-    A caller that leaves ends nothing for the others.
+    A key that is being looked up already is not looked up twice: all who ask share the answer, or the error. But for
+    those who ask after `generation` has changed: the answer that is on its way may be from before the change. A
+    caller that leaves ends nothing for the others.
     """
 
     def __init__(
@@ -28,6 +34,7 @@ class LookUps(Generic[T]):
         look_up: Callable[[bytes], Awaitable[T]],
         overload: Callable[[], GatewayError],
         *,
+        generation: Callable[[], int] = lambda: 0,
         most_at_once: int = MOST_AT_ONCE,
         most_waiting: int = MOST_WAITING,
     ) -> None:
@@ -35,23 +42,32 @@ class LookUps(Generic[T]):
         self._overload = overload
         self._most = most_at_once + most_waiting
         self._free = asyncio.Semaphore(most_at_once)
-        self._flying: dict[bytes, asyncio.Task[T]] = {}
+        self._generation = generation
+        self._flying: dict[tuple[int, bytes], asyncio.Task[T]] = {}
+        self._askers: Counter[str] = Counter()
 
-    async def __call__(self, key: bytes) -> T:
-        task = self._flying.get(key)
+    async def __call__(self, key: bytes, asker: str = "") -> T:
+        """`asker`: for whom, an address."""
+        flight = (self._generation(), key)
+        task = self._flying.get(flight)
         if task is None:
-            if len(self._flying) >= self._most:
+            taken = len(self._flying)
+            if taken >= self._most or (2 * taken >= self._most and self._askers[asker] >= MOST_OF_ONE):
                 raise self._overload()
-            task = self._flying[key] = asyncio.create_task(self._one(key), name="lucid look-up")
+            task = self._flying[flight] = asyncio.create_task(self._one(flight, asker), name="lucid look-up")
+            self._askers[asker] += 1
             task.add_done_callback(_seen)
         return await asyncio.shield(task)
 
-    async def _one(self, key: bytes) -> T:
+    async def _one(self, flight: tuple[int, bytes], asker: str) -> T:
         try:
             async with self._free:
-                return await self._look_up(key)
+                return await self._look_up(flight[1])
         finally:
-            del self._flying[key]
+            del self._flying[flight]
+            self._askers[asker] -= 1
+            if not self._askers[asker]:
+                del self._askers[asker]
 
 
 def _seen(task: asyncio.Task[T]) -> None:

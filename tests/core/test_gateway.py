@@ -507,4 +507,5 @@ async def test_error_refusals_say_what_the_error_says() -> None:
         "taken",
         {"field": "email"},
     )
-    assert (refusal.fields, refusal.source, refusal.close) == ((("A", "b"),), Source.GATEWAY, False)
+    assert (refusal.fields, refusal.source, refusal.close) == ((("A", "b"),), Source.CALLER, False)
+    assert world.gateway.error_refusal(GatewayError(ErrorCode.DEPENDENCY_AWAY)).source is Source.GATEWAY

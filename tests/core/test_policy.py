@@ -387,7 +387,7 @@ def test_a_key_is_looked_up_once_and_judging_goes_on_where_it_stopped() -> None:
     court = Court()
     x = court.exchange("GET /user/a", key("good"))
     need = court.judge(x)
-    assert need == LookUp(hashlib.sha256(shaped("good").encode()).digest())
+    assert need == LookUp(hashlib.sha256(shaped("good").encode()).digest(), asker=PEER)
     assert x.phase is Phase.AUTHENTICATE
     assert court.judge(x) == need, "not met, so asked for again"
     assert court.charged == {}
@@ -411,7 +411,7 @@ def test_a_token_that_others_must_judge_is_asked_about_once() -> None:
     court = Court()
     x = court.exchange("GET /user/a", bearer("foreign-good"))
     need = court.judge(x)
-    assert need == LookUp(hashlib.sha256(b"foreign-good").digest(), "foreign-good")
+    assert need == LookUp(hashlib.sha256(b"foreign-good").digest(), "foreign-good", PEER)
     assert "foreign-good" not in repr(need)
     court.meet(x, need)
     assert court.judge(x) is None
@@ -446,6 +446,22 @@ def test_a_credential_that_nobody_can_be_asked_about_makes_its_caller_public(cre
     assert court.judge(x) is None
     assert x.principal.role is Role.PUBLIC
     assert court.charged == {ADDRESS: 1}
+
+
+def test_an_address_whose_credentials_were_bad_too_often_is_not_asked_about_again() -> None:
+    court = Court(public=5)
+    for number in range(5):
+        assert court.code("GET /user/a", key(f"bad{number}")) == "BAD_CREDENTIAL"
+        court.keys.failed(PEER, court.now)
+    x = court.exchange("GET /user/a", key("bad5"))
+    assert not isinstance(court.judge(x), LookUp)
+    assert court.code("GET /user/a", key("bad6")) == "RATE_LIMITED"
+    # Others are, and what is known of those behind the same address stays known.
+    assert isinstance(court.judge(court.exchange("GET /user/a", key("good"), address="192.0.2.99")), LookUp)
+    court.keys.put(hashlib.sha256(shaped("good").encode()).digest(), KEYS["good"], court.now)
+    assert court.code("GET /user/a", key("good")) == ""
+    court.now += 60.0
+    assert isinstance(court.judge(court.exchange("GET /user/a", key("bad7"))), LookUp)
 
 
 def test_a_bad_key_is_remembered_too() -> None:

@@ -123,6 +123,24 @@ def test_a_key_is_not_known_beyond_its_own_end() -> None:
     assert (keys.get(digest(0), 109.9), keys.get(digest(0), 110.0)) == (FOUND, None)
 
 
+def test_failures_are_counted_by_asker_for_a_minute() -> None:
+    keys = KeyMemory()
+    for now in (100.0, 130.0, 159.0):
+        keys.failed("a", now)
+    keys.failed("b", 100.0)
+    assert [keys.failures(asker, 159.9) for asker in "abc"] == [3, 1, 0]
+    assert keys.failures("a", 160.0) == 0
+    keys.failed("a", 160.0)
+    assert keys.failures("a", 219.9) == 1
+
+
+def test_failures_are_bounded() -> None:
+    keys = KeyMemory(capacity=3)
+    for number in range(10):
+        keys.failed(f"a{number}", 0.0)
+    assert [keys.failures(f"a{number}", 1.0) for number in range(10)] == [0] * 7 + [1] * 3
+
+
 step = st.tuples(st.integers(0, 7), st.sampled_from([None, *ANSWERS]), st.sampled_from([0.0, 0.5, 1.0, 4.5]))
 
 

@@ -115,3 +115,48 @@ def test_a_caller_that_leaves_ends_nothing_for_the_others() -> None:
         assert await last == "free"
 
     go(test)
+
+
+def test_one_asker_does_not_fill_the_queue_alone() -> None:
+    async def test() -> None:
+        database = Database(8, 32)
+        greedy = [asyncio.create_task(database.look_ups(b"g%d" % n, "greedy")) for n in range(40)]
+        await settle()
+        refused = [task for task in greedy if task.done()]
+        assert len(refused) == 40 - 20, "half of all places"
+        assert all(isinstance(task.exception(), GatewayError) for task in refused)
+        others = [asyncio.create_task(database.look_ups(b"o%d" % n, f"other {n}")) for n in range(20)]
+        await settle()
+        assert not any(task.done() for task in others)
+        while any(not task.done() for task in (*greedy, *others)):
+            for future in [each for each in database.asked.values() if not each.done()]:
+                future.set_result("found")
+            await settle()
+        assert {await task for task in others} == {"found"}
+        assert not database.look_ups._flying
+        assert not database.look_ups._askers
+
+    go(test)
+
+
+def test_who_asks_after_a_change_does_not_get_the_answer_from_before_it() -> None:
+    async def test() -> None:
+        generation = 0
+        found = "old"
+        gate = asyncio.Event()
+
+        async def find(_: bytes) -> str:
+            seen = found
+            await gate.wait()
+            return seen
+
+        look_ups: LookUps[str] = LookUps(find, lambda: away("mongodb"), generation=lambda: generation)
+        before = [asyncio.create_task(look_ups(b"k")) for _ in range(2)]
+        await settle()
+        generation, found = 1, "new"
+        after = asyncio.create_task(look_ups(b"k"))
+        await settle()
+        gate.set()
+        assert ([await task for task in before], await after) == (["old", "old"], "new")
+
+    go(test)

@@ -9,6 +9,8 @@ from typing import Any
 from lucid.core.exchange import Principal
 from lucid.errors import ErrorCode
 
+FAILURE_SECONDS = 60.0
+
 
 class KeyMemory:
     """Bounded memory of look-ups by digest.
@@ -30,6 +32,7 @@ class KeyMemory:
         while something was withdrawn is not remembered."""
         self._found: dict[bytes, tuple[float, Principal]] = {}
         self._missed: dict[bytes, tuple[float, ErrorCode]] = {}
+        self._failures: dict[str, tuple[float, int]] = {}
 
     def get(self, digest: bytes, now: float) -> Principal | ErrorCode | None:
         """The remembered answer, or None: it must be looked up and `put`."""
@@ -69,11 +72,25 @@ class KeyMemory:
         for digest in gone:
             del self._found[digest]
 
+    def failed(self, asker: str, now: float) -> None:
+        """A look-up for this address found nobody."""
+        until, count = self._failures.get(asker, (0.0, 0))
+        if until <= now:
+            self._failures.pop(asker, None)
+            until, count = now + FAILURE_SECONDS, 0
+            _make_room(self._failures, self._capacity)
+        self._failures[asker] = (until, count + 1)
+
+    def failures(self, asker: str, now: float) -> int:
+        """How many look-ups for this address found nobody, in the minute that began with the first of them."""
+        until, count = self._failures.get(asker, (0.0, 0))
+        return count if now < until else 0
+
     def __len__(self) -> int:
         return len(self._found) + len(self._missed)
 
 
-def _make_room(entries: dict[bytes, Any], capacity: int) -> None:
+def _make_room(entries: dict[Any, Any], capacity: int) -> None:
     """The oldest goes."""
     if len(entries) >= capacity:
         del entries[next(iter(entries))]
