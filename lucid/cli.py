@@ -178,6 +178,7 @@ def _route_table(settings: Settings) -> str:
 
 def _token(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from lucid.core.security.jwt import TokenIssuer
+    from lucid.core.validation import is_user_id
     from lucid.dev.command import with_kept_secret
 
     # As `serve` would read it, so that a missing key is the same fault.
@@ -186,9 +187,10 @@ def _token(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
         raise SettingsError(
             ["JWT_PRIVATE_KEY: must be set to issue tokens; JWT_PUBLIC_KEY and JWKS_URL only verify them"]
         )
-    if options.user == "me":
+    if options.user == "me" or not is_user_id(options.user):
+        # `me` is whoever asks, in /users/me.
         raise _UsageError(
-            "lucid token: argument --user: must not be me, the name of whoever asks in /users/me"
+            "lucid token: argument --user: must be 1 to 64 of A-Z, a-z, 0-9, _ and -, and not me"
         )
     try:
         issued = issuer.issue(
@@ -199,7 +201,7 @@ def _token(options: argparse.Namespace, environ: Mapping[str, str]) -> int:
             minutes=options.minutes,
         )
     except ValueError as error:
-        raise _UsageError(f"lucid token: argument --user: {error}") from None
+        raise _UsageError(f"lucid token: {error}") from None
     print(issued.token)
     return 0
 

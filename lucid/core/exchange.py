@@ -87,6 +87,8 @@ class Principal(msgspec.Struct, frozen=True):
     expires_at: float = 0.0
     """Seconds since the epoch; 0: never."""
     via: Literal["none", "token", "api_key"] = "none"
+    moment: float = 0.0
+    """What revocations compare: `issued_at` more exactly, or beyond a revocation that was known. 0: as issued."""
 
 
 class Refusal(msgspec.Struct, frozen=True):

@@ -34,7 +34,7 @@ from lucid.core.rules.tokens import TokenMemory
 from lucid.errors import ErrorCode, GatewayError, away, envelope
 
 IDS_DRAWN = 64
-LOOK_UP_SECONDS = 2.0
+LOOK_UP_SECONDS = 3.0
 """For a credential that is not known here; a database that hangs must not hold its callers for longer."""
 LEARNED_TOKEN_SECONDS = 60.0
 """How long others' word on a token is believed (the contract's bound)."""
@@ -153,7 +153,8 @@ class Gateway:
         now = self.monotonic()
         if not isinstance(answer, Principal):
             self._keys.put(need.digest, answer, now)
-            self._keys.failed(need.asker, now)
+            if answer is ErrorCode.BAD_CREDENTIAL:
+                self._keys.failed(need.asker, now)
         elif need.token:
             self._tokens.remember(need.token, answer, now, LEARNED_TOKEN_SECONDS)
         else:

@@ -82,7 +82,7 @@ class Policy:
         self._routes = routes
         self._tiers = {limit.name: limit for limit in tiers}
         public = self._tiers.get("public")
-        self._most_failures = MOST_FAILURES if public is None else min(public.requests, MOST_FAILURES)
+        self._most_failures = math.inf if public is None else min(public.requests, MOST_FAILURES)
         self._limit_sets: dict[tuple[Route | None, str], LimitSet] = {}
         self._tokens = tokens
         self._keys = keys
@@ -210,10 +210,10 @@ class Policy:
         if x.credential_lost or (route.access is _PUBLIC and not route.counted):
             return ErrorCode.BAD_CREDENTIAL
         asker = identifier(x.address)
-        # Who has been refused so often has no public quota left, and is told so without anybody being asked. Whoever
-        # shares the address goes on with what is known here.
-        if self._keys.failures(asker, now) >= self._most_failures:
-            return ErrorCode.BAD_CREDENTIAL
+        # Where so many were bad, no public quota is left, and that is told without anybody being asked. Whoever shares
+        # the address goes on with what was known lately, or is asked about in their turn.
+        if not self._keys.may_ask(asker, self._most_failures, now):
+            return self._keys.stale(digest, now) or ErrorCode.BAD_CREDENTIAL
         return LookUp(digest, token, asker)
 
     def _public(self, address: str) -> Principal:

@@ -49,7 +49,8 @@ SignatureHex = Annotated[
 ChallengeText = Annotated[str, Meta(min_length=1, max_length=2_048)]
 """The challenge as it was given out. Compared whole, so nothing more is asked of it."""
 
-RefreshTokenText = Annotated[str, Meta(min_length=1, max_length=256)]
+RefreshTokenText = Annotated[str, Meta(min_length=1, max_length=4_096)]
+"""Ours have 43 characters; those of the authentication cluster may be tokens with claims."""
 AccessTokenText = Annotated[str, Meta(min_length=1, max_length=4_096)]
 
 MIN_PASSWORD_CHARACTERS: Final = 8

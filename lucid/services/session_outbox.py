@@ -19,11 +19,23 @@ Both carry `Idempotency-Key` (the entry's id, the same at every attempt), `X-Use
 terminated it) and `X-Request-ID` (the entry's id). The cluster must take both more than once, and must not bring a
 session back to life because its POST comes again after its DELETE.
 
-What is not done is kept. While the cluster is away (no connection, no answer, 502, 503, 504, its breaker open) a
-worker tries one session per round, and all the others once that one went well. The wait of a session grows with the
-age of its oldest entry, from `SHORTEST_WAIT_SECONDS` to `LONGEST_WAIT_SECONDS`: to wait as long again as one has
-waited so far is to double the wait each time, and needs no counter. Any other refusal is this session's own: 500
-and above waits in the same way, the rest, which will hardly change by itself, the longest.
+What is not done is kept, however long. The wait of a session grows with the age of its oldest entry, from
+`SHORTEST_WAIT_SECONDS` on: to wait as long again as one has waited so far is to double the wait each time, and
+needs no counter. What else follows depends on why it is not done:
+
+Away     No connection, no answer, 502, 503, 504, its breaker open. A worker tries one session per round, and all
+         the others once that one went well. The wait grows to `LONGEST_WAIT_SECONDS`.
+Failed   The cluster answers, but cannot just now: 500 and above, 408, 425, 429, and what is no answer to these
+         requests (3xx). `MOST_FAILURES` end a round. The wait is the same.
+Refused  Any other 4xx: the cluster works, and will not have this session. That says nothing of the others, so it
+         is no failure; the wait grows to `LONGEST_REFUSED_SECONDS`, as it will hardly change by itself. From an age
+         of `ALARM_AGE_SECONDS` on each attempt is an error in the log, since only a person can help.
+
+Sessions are tried in the order in which they came due, so whatever the cluster refuses, one waits at most until those
+due before it have been tried once; of refused ones these are `MOST_REFUSALS` per round and worker.
+
+An entry that joins others is not due by itself: whoever tells of these goes on to it with what
+`SessionRepository.delivered` gives back, and where these have been put off it must wait with them, for the order.
 """
 
 import asyncio
@@ -51,17 +63,24 @@ TELL_SECONDS: Final = 20.0
 POLL_SECONDS: Final = 2.0
 SHORTEST_WAIT_SECONDS: Final = 1.0
 LONGEST_WAIT_SECONDS: Final = 60.0
+LONGEST_REFUSED_SECONDS: Final = 3_600.0
+ALARM_AGE_SECONDS: Final = 86_400.0
 WAIT_JITTER: Final = 0.25
 """The share of a wait that is left to chance, so that what failed together does not come back together."""
 MOST_AT_ONCE: Final = 8
 MOST_FAILURES: Final = 8
-"""Sessions that may fail in one round: a cluster that refuses everything is asked four times a second by a worker,
-and sessions that it will never take hold up the others only where they are some hundreds."""
+"""Sessions that may fail in one round: a cluster that fails at everything is asked four times a second by a worker."""
+MOST_REFUSALS: Final = 200
+"""Sessions that may be refused in one round, a hundred a second by a worker. Some hundreds hold up the others for
+seconds, and a cluster that refuses all that a long outage has left is not asked without end."""
 STOP_SECONDS: Final = 2.0
 
 _TIMEOUT: Final = httpx.Timeout(8.0, connect=2.0, pool=2.0)
 _MOST_ANSWER_BYTES: Final = 65_536
 _ANSWER_SECONDS: Final = 1.0
+
+_PASSING: Final = frozenset({408, 425, 429})
+"""The 4xx that are about the moment, not about the request (RFC 9110, 15.5.9; RFC 8470, 5.2; RFC 6585, 4)."""
 
 _log: Final = logging.getLogger(__name__)
 
@@ -71,7 +90,8 @@ class _Outcome(enum.Enum):
 
     NOTHING = "nothing is due, or nobody can say so"
     TOLD = "told"
-    REFUSED = "refused, and the cluster is there"
+    REFUSED = "the cluster will not have this session"
+    FAILED = "the cluster is there, but it could not"
     AWAY = "the cluster is away"
 
 
@@ -80,9 +100,14 @@ def is_done(kind: Literal["create", "terminate"], status: int) -> bool:
     return 200 <= status < 300 or status in ((409,) if kind == "create" else (404, 409, 410))
 
 
-def wait_seconds(age_seconds: float, jitter: float) -> float:
+def is_refused(status: int) -> bool:
+    """Whether an answer of this status, which `is_done` denies, is about this session alone."""
+    return 400 <= status < 500 and status not in _PASSING
+
+
+def wait_seconds(age_seconds: float, jitter: float, longest_seconds: float = LONGEST_WAIT_SECONDS) -> float:
     """How long a session waits whose oldest entry has this age. `jitter` from 0 (the longest) to 1."""
-    wait = min(LONGEST_WAIT_SECONDS, age_seconds) * (1.0 - WAIT_JITTER * jitter)
+    wait = min(longest_seconds, age_seconds) * (1.0 - WAIT_JITTER * jitter)
     return max(SHORTEST_WAIT_SECONDS, wait)
 
 
@@ -106,7 +131,9 @@ class SessionOutbox:
         self._poll_seconds = poll_seconds
         self._tasks: set[asyncio.Task[None]] = set()
         self._more = asyncio.Event()
+        self._taking = asyncio.Lock()
         self._failures_left = 0
+        self._refusals_left = 0
         self._away = False
         self._stopped = False
 
@@ -130,7 +157,7 @@ class SessionOutbox:
             self._more.clear()
             await self.drain()
             pause = self._poll_seconds * (0.75 + 0.5 * self._jitter())
-            if self._failures_left <= 0:
+            if self._is_spent():
                 await asyncio.sleep(pause)
                 continue
             try:
@@ -140,8 +167,9 @@ class SessionOutbox:
                 pass
 
     async def drain(self) -> None:
-        """One round: until nothing is due, the cluster is away, or too much has failed."""
+        """One round: until nothing is due, the cluster is away, or too much has failed or been refused."""
         self._failures_left = MOST_FAILURES
+        self._refusals_left = MOST_REFUSALS
         first = await self._next()
         if first in (_Outcome.NOTHING, _Outcome.AWAY):
             return
@@ -163,11 +191,23 @@ class SessionOutbox:
         await asyncio.gather(*late, return_exceptions=True)
 
     async def _take_on(self) -> None:
-        while self._failures_left > 0 and await self._next() is not _Outcome.NOTHING:
+        while not self._is_spent() and await self._next() is not _Outcome.NOTHING:
             pass
 
     async def _next(self) -> _Outcome:
-        return await self._attempt(self._sessions.take_due(self._now(), _LEASE))
+        outcome = await self._attempt(self._take_due())
+        if outcome is _Outcome.REFUSED:
+            # Here, so that those who are woken, as often as callers make sessions, do not use up the round.
+            self._refusals_left -= 1
+        return outcome
+
+    async def _take_due(self) -> SessionDocument | None:
+        # One after the other: at once, all would reach for the same row, and all but one in vain.
+        async with self._taking:
+            return None if self._is_spent() else await self._sessions.take_due(self._now(), _LEASE)
+
+    def _is_spent(self) -> bool:
+        return self._failures_left <= 0 or self._refusals_left <= 0
 
     async def _claim_and_tell(self, session_id: str) -> None:
         await self._attempt(self._sessions.claim(session_id, self._now(), _LEASE))
@@ -183,7 +223,7 @@ class SessionOutbox:
         except Exception:  # noqa: BLE001  see above
             _log.exception("session %s cannot be told of", "?" if session is None else session.session_id)
             self._failures_left -= 1
-            return _Outcome.REFUSED
+            return _Outcome.FAILED
 
     async def _tell(self, session: SessionDocument) -> _Outcome:
         """Tell all that a claimed session has to say, or put it off. Raises DEPENDENCY_AWAY."""
@@ -204,15 +244,7 @@ class SessionOutbox:
             return await self._is_away(last, str(error) or type(error).__name__)
         if status in FAILURE_STATUSES:
             return await self._is_away(last, f"it answered {status}")
-        _log.warning(
-            "session management answered %d to the %s of session %s, which is kept",
-            status,
-            entry.kind,
-            last.session_id,
-        )
-        return await self._is_refused(
-            last, self._age_seconds(last) if status >= 500 else LONGEST_WAIT_SECONDS
-        )
+        return await self._is_kept(last, status)
 
     async def _is_away(self, session: SessionDocument, reason: str) -> _Outcome:
         self._failures_left = 0
@@ -222,13 +254,37 @@ class SessionOutbox:
         await self._put_off(session, self._age_seconds(session))
         return _Outcome.AWAY
 
-    async def _is_refused(self, session: SessionDocument, age_seconds: float) -> _Outcome:
-        self._failures_left -= 1
-        await self._put_off(session, age_seconds)
-        return _Outcome.REFUSED
+    async def _is_kept(self, session: SessionDocument, status: int) -> _Outcome:
+        """Put off what got an answer that is not the end of it, with one line in the log."""
+        entry, age_seconds = session.outbox[0], self._age_seconds(session)
+        if not is_refused(status):
+            self._failures_left -= 1
+            outcome, longest_seconds = _Outcome.FAILED, LONGEST_WAIT_SECONDS
+        else:
+            outcome, longest_seconds = _Outcome.REFUSED, LONGEST_REFUSED_SECONDS
+        if outcome is _Outcome.REFUSED and age_seconds >= ALARM_AGE_SECONDS:
+            _log.error(
+                "session management answered %d to the %s of session %s, which it has not taken for %d hours; "
+                "it is kept",
+                status,
+                entry.kind,
+                session.session_id,
+                age_seconds // 3_600,
+            )
+        else:
+            _log.warning(
+                "session management answered %d to the %s of session %s, which is kept",
+                status,
+                entry.kind,
+                session.session_id,
+            )
+        await self._put_off(session, age_seconds, longest_seconds)
+        return outcome
 
-    async def _put_off(self, session: SessionDocument, age_seconds: float) -> None:
-        wait = dt.timedelta(seconds=wait_seconds(age_seconds, self._jitter()))
+    async def _put_off(
+        self, session: SessionDocument, age_seconds: float, longest_seconds: float = LONGEST_WAIT_SECONDS
+    ) -> None:
+        wait = dt.timedelta(seconds=wait_seconds(age_seconds, self._jitter(), longest_seconds))
         await self._sessions.put_off(session.session_id, self._now() + wait)
 
     async def _send(self, session: SessionDocument, entry: OutboxEntry) -> int:

@@ -46,6 +46,13 @@ class SigningKeys:
             return True
         return self._monotonic() - self._fetched_at >= UNKNOWN_KEY_SECONDS
 
+    async def load_for_unknown(self) -> None:
+        """Fetch for a token that names an unknown key, or wait for a fetch that is under way; at most one each
+        `UNKNOWN_KEY_SECONDS`, however many ask.
+        """
+        if self.may_fetch():
+            await self.load()
+
     async def load(self) -> bool:
         """Fetch once; who asks meanwhile shares it. False where that failed: the keys held so far stay in use, and
         the log says why.

@@ -72,7 +72,11 @@ class Court:
         self.verified = 0
         self.policy = Policy(
             routes=RouteTable.build(ROUTES),
-            tiers=[Limit("public", public), Limit("authenticated", user), Limit("admin", 9)],
+            tiers=[
+                *([Limit("public", public)] if public else []),
+                Limit("authenticated", user),
+                Limit("admin", 9),
+            ],
             tokens=self.tokens,
             keys=self.keys,
             leases=self.leases,
@@ -448,20 +452,30 @@ def test_a_credential_that_nobody_can_be_asked_about_makes_its_caller_public(cre
     assert court.charged == {ADDRESS: 1}
 
 
-def test_an_address_whose_credentials_were_bad_too_often_is_not_asked_about_again() -> None:
+def test_an_address_whose_credentials_were_bad_too_often_is_asked_about_now_and_then() -> None:
     court = Court(public=5)
+    court.keys.put(hashlib.sha256(shaped("good").encode()).digest(), KEYS["good"], court.now)
     for number in range(5):
         assert court.code("GET /user/a", key(f"bad{number}")) == "BAD_CREDENTIAL"
         court.keys.failed(PEER, court.now)
-    x = court.exchange("GET /user/a", key("bad5"))
-    assert not isinstance(court.judge(x), LookUp)
-    assert court.code("GET /user/a", key("bad6")) == "RATE_LIMITED"
-    # Others are, and what is known of those behind the same address stays known.
-    assert isinstance(court.judge(court.exchange("GET /user/a", key("good"), address="192.0.2.99")), LookUp)
-    court.keys.put(hashlib.sha256(shaped("good").encode()).digest(), KEYS["good"], court.now)
+    assert isinstance(court.judge(court.exchange("GET /user/a", key("bad5"))), LookUp)
+    assert not isinstance(court.judge(court.exchange("GET /user/a", key("bad6"))), LookUp)
+    assert court.code("GET /user/a", key("bad7")) == "RATE_LIMITED"
+    # Others are asked about, and what was known of those behind the same address stands in until they are.
+    elsewhere = court.exchange("GET /user/a", key("bad8"), address="192.0.2.99")
+    assert isinstance(court.judge(elsewhere), LookUp)
+    court.now += 30.0
+    assert isinstance(court.judge(court.exchange("GET /user/a", key("bad9"))), LookUp)
     assert court.code("GET /user/a", key("good")) == ""
-    court.now += 60.0
+    court.now += 31.0
     assert isinstance(court.judge(court.exchange("GET /user/a", key("bad7"))), LookUp)
+
+
+def test_without_a_public_limit_there_is_nothing_to_be_over() -> None:
+    court = Court(public=0)
+    for number in range(200):
+        court.keys.failed(PEER, court.now)
+        assert isinstance(court.judge(court.exchange("GET /user/a", key(f"bad{number}"))), LookUp)
 
 
 def test_a_bad_key_is_remembered_too() -> None:

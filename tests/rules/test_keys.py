@@ -123,22 +123,38 @@ def test_a_key_is_not_known_beyond_its_own_end() -> None:
     assert (keys.get(digest(0), 109.9), keys.get(digest(0), 110.0)) == (FOUND, None)
 
 
-def test_failures_are_counted_by_asker_for_a_minute() -> None:
+def test_who_failed_too_often_is_asked_about_once_a_second() -> None:
     keys = KeyMemory()
-    for now in (100.0, 130.0, 159.0):
-        keys.failed("a", now)
-    keys.failed("b", 100.0)
-    assert [keys.failures(asker, 159.9) for asker in "abc"] == [3, 1, 0]
-    assert keys.failures("a", 160.0) == 0
+    for _ in range(3):
+        assert keys.may_ask("a", 3, 100.0)
+        keys.failed("a", 100.0)
+    asked = [keys.may_ask("a", 3, 100.0 + step / 4) for step in range(9)]
+    assert asked == [True, False, False, False, True, False, False, False, True]
+    assert keys.may_ask("b", 3, 100.0)
+    assert all(keys.may_ask("a", 3, 160.0) for _ in range(3)), "a minute after the first"
     keys.failed("a", 160.0)
-    assert keys.failures("a", 219.9) == 1
+    assert keys.may_ask("a", 2, 160.0)
 
 
 def test_failures_are_bounded() -> None:
     keys = KeyMemory(capacity=3)
     for number in range(10):
         keys.failed(f"a{number}", 0.0)
-    assert [keys.failures(f"a{number}", 1.0) for number in range(10)] == [0] * 7 + [1] * 3
+        keys.may_ask(f"a{number}", 1, 0.0)
+    assert [keys.may_ask(f"a{number}", 1, 0.5) for number in range(10)] == [True] * 7 + [False] * 3
+
+
+def test_what_was_known_lately_may_stand_in_unless_it_was_withdrawn() -> None:
+    keys = KeyMemory()
+    keys.put(digest(0), FOUND, 100.0)
+    keys.put(digest(1), FOUND, 100.0, seconds_left=20.0)
+    keys.put(digest(2), MISSED, 100.0)
+    assert [keys.get(digest(n), 115.0) for n in range(3)] == [None] * 3
+    assert [keys.stale(digest(n), 115.0) for n in range(3)] == [FOUND, FOUND, None]
+    assert [keys.stale(digest(n), 120.0) for n in range(2)] == [FOUND, None], "never beyond its own end"
+    assert [keys.stale(digest(0), now) for now in (169.9, 170.0)] == [FOUND, None]
+    keys.forget(digest(0))
+    assert keys.stale(digest(0), 115.0) is None
 
 
 step = st.tuples(st.integers(0, 7), st.sampled_from([None, *ANSWERS]), st.sampled_from([0.0, 0.5, 1.0, 4.5]))

@@ -151,6 +151,14 @@ def test_a_user_may_log_in_again_at_once() -> None:
     assert world.ask("at") is BAD
 
 
+def test_a_revocation_of_a_user_compares_the_exact_moment() -> None:
+    world = World()
+    later = world.issue("later", moment=EPOCH + 0.5)
+    world.issue("earlier", moment=EPOCH + 0.25)
+    world.memory.revoke_user("u", EPOCH + 0.25, EPOCH + 900)
+    assert (world.ask("later"), world.ask("earlier")) == (later, BAD)
+
+
 def test_repeating_a_revocation_changes_nothing_and_a_shorter_one_shortens_nothing() -> None:
     world = World()
     world.issue("a", life=5_000.0)

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import httpx
 import pytest
@@ -27,13 +27,15 @@ from lucid.database.session_repository import SessionRepository
 from lucid.errors import away
 from lucid.services import session_outbox
 from lucid.services.auth_service import Caller
-from lucid.services.session_outbox import SessionOutbox, is_done, wait_seconds
+from lucid.services.session_outbox import SessionOutbox, is_done, is_refused, wait_seconds
 from lucid.services.session_service import SessionService
+from tests.support.fake_repositories import FakeSessionRepository
 from tests.support.servers import Backend, HangupError, Received, Reply
 from tests.support.stores import MongoChild, free_port
 
 EPOCH = 1_893_456_000.25
 ALICE = Principal(Role.USER, "authenticated", "alice", "alice", via="token")
+MALLORY = Principal(Role.USER, "authenticated", "mallory", "mallory", via="token")
 ADMIN = Principal(Role.ADMIN, "admin", "root", "root", via="token")
 CALLER = Caller("192.0.2.7", "request-1")
 LEASE = dt.timedelta(seconds=30)
@@ -62,25 +64,38 @@ class Worker:
         self.clock = clock
         self.connection = Connection(mongodb)
         self.sessions = SessionRepository(self.connection, clock.moment)
+        self.poll_seconds = poll_seconds
         pool = Pool(scheme="http", host="127.0.0.1", port=port, max_connections=16, monotonic=time.monotonic)
         self.balancer = Balancer("sessions", [pool], time.monotonic)
         self.breaker = CircuitBreaker("sessions", jitter=lambda: 0.0)
         self.client = httpx.AsyncClient(
             transport=PoolTransport(self.balancer, self.breaker, clock), base_url="http://sessions"
         )
+        self.put_together()
+
+    def put_together(self) -> None:
         self.outbox = SessionOutbox(
-            self.sessions, self.client, clock, jitter=lambda: clock.jitter, poll_seconds=poll_seconds
+            self.sessions,
+            self.client,
+            self.clock,
+            jitter=lambda: self.clock.jitter,
+            poll_seconds=self.poll_seconds,
         )
-        self.service = SessionService(self.sessions, self.outbox, clock)
+        self.service = SessionService(self.sessions, self.outbox, self.clock)
 
-    async def create(self, metadata: dict[str, Any] | None = None) -> str:
-        return (await self.service.create(metadata or {}, ALICE)).session_id
+    def hold_in_memory(self) -> None:
+        """For many rows: the embedded database looks at each of them for each claim."""
+        self.sessions = cast(SessionRepository, FakeSessionRepository(self.clock.moment))
+        self.put_together()
 
-    async def create_unheard(self) -> str:
+    async def create(self, metadata: dict[str, Any] | None = None, owner: Principal = ALICE) -> str:
+        return (await self.service.create(metadata or {}, owner)).session_id
+
+    async def create_unheard(self, owner: Principal = ALICE) -> str:
         """As if the worker had died between commit and wake."""
         stopped, self.outbox._stopped = self.outbox._stopped, True
         try:
-            return await self.create()
+            return await self.create(owner=owner)
         finally:
             self.outbox._stopped = stopped
 
@@ -216,10 +231,10 @@ def test_both_are_told_in_the_documented_form(mongo: MongoChild, backend: Backen
     run(mongo, backend.port, test)
 
 
-ANSWERS = [200, 201, 202, 204, 301, 400, 401, 403, 404, 405, 409, 410, 422, 429, 500, 501, 502, 503, 504]
+ANSWERS = [200, 201, 204, 301, 400, 401, 403, 404, 405, 408, 409, 410, 422, 425, 429, 500, 501, 502, 503, 504]
 DONE: dict[str, set[int]] = {
-    "create": {200, 201, 202, 204, 409},
-    "terminate": {200, 201, 202, 204, 404, 409, 410},
+    "create": {200, 201, 204, 409},
+    "terminate": {200, 201, 204, 404, 409, 410},
 }
 
 
@@ -253,11 +268,10 @@ def test_which_answers_are_the_end_of_it(
                 assert warned == []
                 continue
             assert len(warned) == 1 and str(status) in warned[0]
-            # What will hardly change by itself waits the longest, what may be over soon a second.
-            expected = 60.0 if status < 500 else 1.0
-            assert await w.a.due_in(name) == pytest.approx(expected, abs=0.002)
+            # The first wait of all; how long it may become is below.
+            assert await w.a.due_in(name) == pytest.approx(1.0, abs=0.002)
             backend.respond = statuses(204)
-            w.clock.now += expected - 0.01
+            w.clock.now += 0.99
             await w.a.outbox.drain()
             assert len(backend.received) == 1
             w.clock.now += 0.02
@@ -276,10 +290,68 @@ def test_a_refusal_is_one_line_for_each_attempt(
         name = await w.a.create()
         await w.a.told()
         for _ in range(3):
-            w.clock.now += 60.0
+            w.clock.now += await w.a.due_in(name) + 0.01
             await w.a.outbox.drain()
         text = f"session management answered 422 to the create of session {name}, which is kept"
         assert [record.getMessage() for record in caplog.records] == [text] * 4
+
+    run(mongo, backend.port, test)
+
+
+def test_what_is_refused_for_a_day_is_an_error_in_the_log_and_kept(
+    mongo: MongoChild, backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(w: World) -> None:
+        backend.respond = statuses(422)
+        name = await w.a.create()
+        await w.a.told()
+        for age_hours, level in ((22.9, "WARNING"), (23.99, "WARNING"), (25.0, "ERROR"), (100.5, "ERROR")):
+            caplog.clear()
+            w.clock.now = EPOCH + age_hours * 3_600.0
+            await w.a.outbox.drain()
+            await w.a.outbox.drain()
+            (said,) = caplog.records
+            assert said.levelname == level, age_hours
+            assert ("which it has not taken for" in said.getMessage()) == (level == "ERROR")
+        assert said.getMessage() == (
+            f"session management answered 422 to the create of session {name}, "
+            "which it has not taken for 100 hours; it is kept"
+        )
+        # A cluster that fails for a day is no fault of the session.
+        caplog.clear()
+        backend.respond = statuses(500)
+        w.clock.now += 3_600.1
+        await w.a.outbox.drain()
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        # Nothing is given up, however old.
+        backend.respond = statuses(201)
+        w.clock.now += 365.0 * 86_400.0
+        await w.a.outbox.drain()
+        assert await w.a.waiting() == []
+
+    run(mongo, backend.port, test)
+
+
+@pytest.mark.parametrize(
+    ("status", "longest"),
+    [(301, 60), (400, 3600), (401, 3600), (408, 60), (422, 3600), (425, 60), (429, 60), (500, 60), (503, 60)],
+)
+def test_the_longest_wait_is_an_hour_for_what_is_refused_and_else_a_minute(
+    mongo: MongoChild, backend: Backend, status: int, longest: int
+) -> None:
+    async def test(w: World) -> None:
+        assert is_refused(status) == (longest == 3600)
+        backend.respond = statuses(status)
+        name = await w.a.create()
+        await w.a.told()
+        for age_seconds in (7.0, 40.0, 1_000.0, 1e6):
+            w.clock.now = EPOCH + age_seconds
+            await w.a.outbox.drain()
+            assert await w.a.due_in(name) == pytest.approx(min(age_seconds, longest), abs=0.002)
+        w.clock.now += longest + 0.01
+        w.clock.jitter = 1.0
+        await w.a.outbox.drain()
+        assert await w.a.due_in(name) == pytest.approx(0.75 * longest, abs=0.002)
 
     run(mongo, backend.port, test)
 
@@ -290,6 +362,11 @@ def test_the_wait_grows_with_the_age() -> None:
         waits.append(wait_seconds(age, 0.0))
         age += waits[-1]
     assert waits == [1.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+    age, waits = 0.0, []
+    for _ in range(15):
+        waits.append(wait_seconds(age, 0.0, 3_600.0))
+        age += waits[-1]
+    assert waits == [1.0, *(2.0**i for i in range(12)), 3_600.0, 3_600.0]
     assert wait_seconds(1e9, 1.0) == 45.0
     assert wait_seconds(1e9, 0.5) == 52.5
     # Clocks may differ: an entry of the future is a young one.
@@ -423,15 +500,107 @@ def count_claims(worker: Worker) -> list[str]:
     return claims
 
 
-def test_a_cluster_that_refuses_everything_ends_each_round(mongo: MongoChild, backend: Backend) -> None:
+@pytest.mark.parametrize(("status", "most"), [(500, 8), (429, 8), (400, 200), (401, 200)])
+def test_a_cluster_that_takes_nothing_ends_each_round(
+    mongo: MongoChild, backend: Backend, status: int, most: int
+) -> None:
     async def test(w: World) -> None:
-        backend.respond = statuses(400)
-        for _ in range(40):
+        w.a.hold_in_memory()
+        backend.respond = statuses(status)
+        for _ in range(most + 30):
             await w.a.create_unheard()
         await w.a.outbox.drain()
-        # Eight failures end a round, and as many may be under way at that moment.
-        assert 8 <= len(backend.received) <= 16
+        # So many end a round, and seven more may be under way at that moment.
+        assert most <= len(backend.received) <= most + 7
+        assert w.a.outbox._is_spent()
         assert not w.a.outbox._away
+
+    run(mongo, backend.port, test)
+
+
+def test_six_hundred_refused_sessions_hold_up_the_others_for_seconds(
+    mongo: MongoChild, backend: Backend
+) -> None:
+    """One user's sessions, which the cluster will never take, and those of another that an outage has left."""
+
+    async def test(w: World) -> None:
+        async def seconds_until_told(names: list[str]) -> float:
+            begun = w.clock.now
+            while not set(names) <= set(created(backend)):
+                assert w.clock.now - begun < 100.0
+                w.clock.now += 2.0
+                before = len(backend.received)
+                await w.a.outbox.drain()
+                assert len(backend.received) - before <= 200 + 7 + len(names)
+            return w.clock.now - begun
+
+        w.a.hold_in_memory()
+        backend.kill()
+        for _ in range(600):
+            await w.a.create_unheard(MALLORY)
+        w.clock.now += 1.0
+        honest = [await w.a.create_unheard() for _ in range(5)]
+        await w.a.outbox.drain()
+        assert backend.received == []
+        backend.respond = lambda received: Reply(422 if received.field("x-user-id") == "mallory" else 201)
+        backend.start()
+        # Three rounds for the six hundred, which are due first, and the fourth for these.
+        assert await seconds_until_told(honest) <= 8.0
+        # While they are young they come again soon, and new ones get through all the same.
+        assert await seconds_until_told([await w.a.create_unheard() for _ in range(5)]) <= 8.0
+        # Who is woken waits for nobody.
+        woken = await w.a.create()
+        await w.a.told()
+        assert woken in created(backend)
+        # All due at once again, each before the new ones: the worst that can be.
+        w.clock.now += 2.0 * 86_400.0
+        assert await seconds_until_told([await w.a.create_unheard() for _ in range(5)]) <= 8.0
+        # From now on all of them are six hundred requests in an hour.
+        w.clock.now += 2.0
+        await w.a.outbox.drain()
+        before = len(backend.received)
+        assert await seconds_until_told([await w.a.create_unheard()]) == 2.0
+        assert len(backend.received) - before == 1
+        found, _ = await w.a.sessions.list_sessions(0, 1_000)
+        kept = [session for session in found if session.outbox]
+        assert len(kept) == 600 and {session.user_id for session in kept} == {"mallory"}
+
+    run(mongo, backend.port, test)
+
+
+def test_rounds_are_fair_and_take_each_row_once(
+    mongo: MongoChild, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As above, in small, over the real database, by two workers."""
+    monkeypatch.setattr(session_outbox, "MOST_REFUSALS", 10)
+
+    async def test(w: World) -> None:
+        refused = [await w.a.create_unheard(MALLORY) for _ in range(40)]
+        w.clock.now += 0.1
+        honest = [await w.a.create_unheard() for _ in range(5)]
+        backend.respond = lambda received: Reply(422 if received.field("x-user-id") == "mallory" else 201)
+        # Each tells its ten and the at most seven that were under way; no row comes twice before all came once.
+        await asyncio.gather(*(worker.outbox.drain() for worker in w.workers))
+        assert 20 <= len(backend.received) <= 34
+        assert max(Counter(created(backend)).values()) == 1
+        w.clock.now += 0.1
+        await asyncio.gather(*(worker.outbox.drain() for worker in w.workers))
+        assert Counter(created(backend)) == Counter([*refused, *honest])
+        assert sorted(await w.a.waiting()) == sorted(refused)
+
+    run(mongo, backend.port, test, workers=2)
+
+
+def test_refusals_of_the_woken_do_not_use_up_a_round(mongo: MongoChild, backend: Backend) -> None:
+    async def test(w: World) -> None:
+        backend.respond = statuses(422)
+        await w.a.outbox.drain()
+        for _ in range(12):
+            await w.a.create(owner=MALLORY)
+            await w.a.told()
+        assert len(backend.received) == 12
+        assert w.a.outbox._refusals_left == 200
+        assert w.a.outbox._failures_left == 8
 
     run(mongo, backend.port, test)
 
@@ -739,10 +908,14 @@ def test_a_fault_of_ours_is_logged_and_ends_a_round(
     run(mongo, backend.port, test)
 
 
-def test_after_too_many_failures_nothing_shortens_the_pause(mongo: MongoChild, backend: Backend) -> None:
+@pytest.mark.parametrize(("status", "count"), [(500, 20), (400, 210)])
+def test_after_too_many_failures_or_refusals_nothing_shortens_the_pause(
+    mongo: MongoChild, backend: Backend, status: int, count: int
+) -> None:
     async def test(w: World) -> None:
-        backend.respond = statuses(400)
-        for _ in range(20):
+        w.a.hold_in_memory()
+        backend.respond = statuses(status)
+        for _ in range(count):
             await w.a.create_unheard()
         begun, ended = [], []
         drain = w.a.outbox.drain
@@ -798,7 +971,7 @@ def test_a_long_answer_is_not_read(mongo: MongoChild, backend: Backend) -> None:
 
 
 def test_an_end_that_another_worker_learns_of_meanwhile(mongo: MongoChild, backend: Backend) -> None:
-    """It may announce the session once more, with the same key, but never ends it before it is announced."""
+    """It leaves it to the one that is telling, which goes on to it at once: nobody waits for the claim to expire."""
 
     async def test(w: World) -> None:
         a, b = w.workers
@@ -806,18 +979,66 @@ def test_an_end_that_another_worker_learns_of_meanwhile(mongo: MongoChild, backe
             name = await a.create()
             await until(lambda: reached(backend, 1))
             await b.terminate(name)
-            drain = asyncio.create_task(b.outbox.drain())
-            await asyncio.wait([drain], timeout=0.1)
-            opened.set()
-            await asyncio.gather(a.told(), b.told(), drain)
-            w.clock.now += 31.0
+            await b.told()
             await b.outbox.drain()
+            opened.set()
+            await a.told()
         assert await a.waiting() == []
-        told = dict.fromkeys((each.method, each.field("idempotency-key")) for each in backend.received)
-        assert [method for method, _ in told] == ["POST", "DELETE"]
-        assert lines(backend)[-1] == f"DELETE /api/v1/sessions/{name}"
+        assert lines(backend) == ["POST /api/v1/sessions", f"DELETE /api/v1/sessions/{name}"]
 
     run(mongo, backend.port, test, workers=2)
+
+
+def test_an_end_at_any_moment_waits_for_no_claim(mongo: MongoChild, backend: Backend) -> None:
+    """Before the first entry is struck out its teller goes on to the second; after that it is due, and woken for."""
+
+    async def test(w: World) -> None:
+        a, b = w.workers
+        by_b: list[str] = []
+        delivered = b.sessions.delivered
+
+        async def counted(session_id: str, entry_id: str) -> SessionDocument | None:
+            by_b.append(session_id)
+            return await delivered(session_id, entry_id)
+
+        b.sessions.delivered = counted  # type: ignore[method-assign]
+        for count in range(50):
+            name = await a.create()
+            # Ever more steps of the loop: before, while and after it is told and struck out.
+            for _ in range(count * count // 2):
+                await asyncio.sleep(0)
+            if count == 49:
+                await a.told()
+            await b.terminate(name)
+            await a.told()
+            await b.told()
+            assert await a.waiting() == [], count
+            assert lines(backend)[-2:] == ["POST /api/v1/sessions", f"DELETE /api/v1/sessions/{name}"]
+        assert len(backend.received) == 100
+        assert 0 < len(by_b) < 50  # both ways have been gone
+
+    run(mongo, backend.port, test, workers=2)
+
+
+def test_an_end_joins_the_wait_of_what_was_put_off(mongo: MongoChild, backend: Backend) -> None:
+    async def test(w: World) -> None:
+        backend.respond = statuses(422)
+        name = await w.a.create()
+        await w.a.told()
+        w.clock.now += 100.0
+        await w.a.outbox.drain()
+        await w.a.terminate(name)
+        await w.a.told()
+        await w.a.outbox.drain()
+        assert len(backend.received) == 2
+        assert await w.a.due_in(name) == pytest.approx(100.0, abs=0.002)
+        backend.respond = statuses(201)
+        w.clock.now += 100.1
+        await w.a.outbox.drain()
+        assert [line.partition(" ")[0] for line in lines(backend)] == ["POST", "POST", "POST", "DELETE"]
+        assert await w.a.waiting() == []
+
+    run(mongo, backend.port, test)
 
 
 def test_the_time_of_a_claim_covers_what_it_is_used_for() -> None:

@@ -10,6 +10,10 @@ from lucid.core.exchange import Principal
 from lucid.errors import ErrorCode
 
 FAILURE_SECONDS = 60.0
+ASK_SECONDS = 1.0
+"""Between two look-ups for an address that has had too many in vain."""
+STALE_SECONDS = 60.0
+"""How long an answer that was not withdrawn may stand in where asking is not allowed."""
 
 
 class KeyMemory:
@@ -30,9 +34,11 @@ class KeyMemory:
         self.generation = 0
         """Changes with each `forget…`. Take it before a look-up and hand it to `put`: an answer that was on its way
         while something was withdrawn is not remembered."""
-        self._found: dict[bytes, tuple[float, Principal]] = {}
+        self._found: dict[bytes, tuple[float, Principal, float]] = {}
+        """The last number: until when it may stand in."""
         self._missed: dict[bytes, tuple[float, ErrorCode]] = {}
-        self._failures: dict[str, tuple[float, int]] = {}
+        self._failures: dict[str, list[float]] = {}
+        """Asker to (until, count, when it may ask again)."""
 
     def get(self, digest: bytes, now: float) -> Principal | ErrorCode | None:
         """The remembered answer, or None: it must be looked up and `put`."""
@@ -55,7 +61,11 @@ class KeyMemory:
         self._missed.pop(digest, None)
         if isinstance(answer, Principal):
             _make_room(self._found, self._capacity)
-            self._found[digest] = (now + min(self._found_seconds, seconds_left), answer)
+            self._found[digest] = (
+                now + min(self._found_seconds, seconds_left),
+                answer,
+                now + min(self._found_seconds + STALE_SECONDS, seconds_left),
+            )
         else:
             _make_room(self._missed, self._capacity)
             self._missed[digest] = (now + self._missed_seconds, answer)
@@ -68,23 +78,35 @@ class KeyMemory:
     def forget_user(self, user_id: str) -> None:
         """Something about this user has changed: the next use of each of their keys asks again."""
         self.generation += 1
-        gone = [digest for digest, (_, principal) in self._found.items() if principal.user_id == user_id]
+        gone = [digest for digest, (_, principal, _) in self._found.items() if principal.user_id == user_id]
         for digest in gone:
             del self._found[digest]
 
+    def stale(self, digest: bytes, now: float) -> Principal | None:
+        """Who this was lately, for those who cannot be asked about at present."""
+        entry = self._found.get(digest)
+        return None if entry is None or entry[2] <= now else entry[1]
+
     def failed(self, asker: str, now: float) -> None:
         """A look-up for this address found nobody."""
-        until, count = self._failures.get(asker, (0.0, 0))
-        if until <= now:
+        entry = self._failures.get(asker)
+        if entry is None or entry[0] <= now:
             self._failures.pop(asker, None)
-            until, count = now + FAILURE_SECONDS, 0
             _make_room(self._failures, self._capacity)
-        self._failures[asker] = (until, count + 1)
+            entry = self._failures[asker] = [now + FAILURE_SECONDS, 0, 0.0]
+        entry[1] += 1
 
-    def failures(self, asker: str, now: float) -> int:
-        """How many look-ups for this address found nobody, in the minute that began with the first of them."""
-        until, count = self._failures.get(asker, (0.0, 0))
-        return count if now < until else 0
+    def may_ask(self, asker: str, most: float, now: float) -> bool:
+        """Whether to look up another credential for this address: not, but once a second, when `most` look-ups were in
+        vain within a minute.
+        """
+        entry = self._failures.get(asker)
+        if entry is None or entry[1] < most or entry[0] <= now:
+            return True
+        if now < entry[2]:
+            return False
+        entry[2] = now + ASK_SECONDS
+        return True
 
     def __len__(self) -> int:
         return len(self._found) + len(self._missed)

@@ -146,7 +146,7 @@ class TokenMemory:
         if principal.family in self._families or principal.token_id in self._tokens:
             return True
         before = self._users.get(principal.user_id)
-        return before is not None and principal.issued_at <= before[0]
+        return before is not None and (principal.moment or principal.issued_at) <= before[0]
 
     def _revoked(self) -> None:
         """After each revocation: advance the version, and sweep the expired ones when their number has

@@ -265,10 +265,6 @@ class TokenVerifier:
             return ErrorCode.BAD_CREDENTIAL
         if now >= claims.exp + settings.leeway_seconds:
             return ErrorCode.CREDENTIAL_EXPIRED
-        issued_at = float(claims.iat)
-        exact = nonces.moment_of(claims.jti)
-        if exact is not None and int(claims.iat) <= exact < int(claims.iat) + FARTHEST_MOMENT_SECONDS:
-            issued_at = exact
         return Principal(
             role=role,
             tier=TIERS[role],
@@ -276,10 +272,19 @@ class TokenVerifier:
             user_id=claims.sub,
             family=claims.sid,
             token_id=claims.jti,
-            issued_at=issued_at,
+            issued_at=float(claims.iat),
             expires_at=float(claims.exp),
             via="token",
+            moment=moment_of(claims.jti, claims.iat),
         )
+
+
+def moment_of(token_id: str, issued_at: float) -> float:
+    """The exact moment of a token that was issued in the second `issued_at`, if its id (UUID version 7) tells."""
+    exact = nonces.moment_of(token_id)
+    if exact is not None and int(issued_at) <= exact < int(issued_at) + FARTHEST_MOMENT_SECONDS:
+        return exact
+    return float(issued_at)
 
 
 class _Issuer(msgspec.Struct):
