@@ -45,8 +45,8 @@ class FakeRedis:
         self._texts[key] = text
         self._answers.append(True)
 
-    def delete(self, *keys: str) -> None:
-        self._answers.append(sum(self._texts.pop(key, None) is not None for key in keys))
+    async def delete(self, key: str) -> int:
+        return int(self._texts.pop(key, None) is not None)
 
     def zrange(self, *_: object) -> None:
         self._answers.append([])
@@ -54,7 +54,7 @@ class FakeRedis:
     def _nothing(self, *_: object, **__: object) -> None:
         self._answers.append(0)
 
-    zremrangebyscore = zadd = zrem = expire = _nothing
+    zremrangebyscore = zadd = expire = _nothing
 
     async def execute(self) -> list[Any]:
         return self._answers
@@ -89,7 +89,7 @@ async def wallet_logins(count: int) -> tuple[float, float]:
     )
     wallets = [Wallet.generate() for _ in range(WALLETS)]
     began = time.process_time()
-    given = [await service.challenge(wallets[n % WALLETS].address) for n in range(count)]
+    given = [await service.challenge(wallets[n % WALLETS].address, CALLER) for n in range(count)]
     challenged = time.process_time() - began
     signed = [wallets[n % WALLETS].sign(challenge.message) for n, challenge in enumerate(given)]
     began = time.process_time()

@@ -64,6 +64,7 @@ from lucid.services.revocations import Revocations
 from lucid.services.session_outbox import SessionOutbox
 from lucid.services.session_service import SessionService
 from lucid.services.signing_keys import SigningKeys
+from lucid.services.unbroken import Unbroken
 from lucid.services.user_service import UserService
 from lucid.settings import BackendSettings, Settings
 from lucid.settings.limits import named_limits
@@ -137,7 +138,9 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
     control.subscribe("revocation", revocations.on_revocation, revocations.load_revocations)
     admins = settings.server.admin_tron_addresses
     challenges = Challenges(redis.commands, settings.server.public_origin, time.time)
-    hashing, delays = PasswordHashing(), LoginDelays(redis.commands)
+    delays, unbroken = LoginDelays(redis.commands), Unbroken()
+    # Apart, so that a flood of registrations keeps nobody from logging in.
+    hashing, hashing_anew = PasswordHashing(), PasswordHashing(most_at_once=1, most_waiting=16)
     cluster = _auth_cluster(settings, auth_balancer, auth_breaker)
     auth_service = AuthService(
         users=accounts,
@@ -153,8 +156,9 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
         admin_addresses=admins,
         charge=rate_limit_service.charge,
         cluster=cluster,
-        fetch_keys=signing_keys.load if settings.tokens.jwks_url else None,
-        generation=lambda: keys.generation,
+        fetch_keys=signing_keys.load_for_unknown if settings.tokens.jwks_url else None,
+        remembered=keys,
+        unbroken=unbroken,
     )
     user_service = UserService(
         users=accounts,
@@ -162,7 +166,8 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
         api_keys=api_keys,
         revocations=revocations,
         challenges=challenges,
-        passwords=hashing,
+        passwords=hashing_anew,
+        unbroken=unbroken,
         delays=delays,
         admin_addresses=admins,
         wall_clock=time.time,
@@ -174,6 +179,7 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
         revocations=revocations,
         admin_addresses=admins,
         wall_clock=time.time,
+        unbroken=unbroken,
     )
     session_cluster = _client(backends["sessions"], breakers["sessions"])
     outbox = SessionOutbox(records, session_cluster)
@@ -288,6 +294,9 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
 
     async def stop(_: Sanic[Any, Any]) -> None:
         await tasks.stop()
+        await unbroken.drain()
+        hashing.close()
+        hashing_anew.close()
         await outbox.stop()
         await auth_service.flush_key_uses()
         await leases.stop()

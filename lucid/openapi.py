@@ -15,13 +15,14 @@ from http import HTTPStatus
 from typing import Any, Final
 
 import msgspec
-from msgspec import NODEFAULT, inspect
+from msgspec import NODEFAULT
 
 from lucid import SERVICE_NAME, __version__
 from lucid.blueprints.resource import Operation
 from lucid.core.exchange import Role
 from lucid.core.rules.routes import Route
 from lucid.errors import ErrorCode
+from lucid.openapi_schemas import Schemas
 
 JSON: Final = "application/json"
 
@@ -98,7 +99,7 @@ def document(operations: Iterable[Operation], rows: Iterable[Route]) -> dict[str
     """
     every = tuple(operations)
     table = {(row.pattern, method): row for row in rows for method in row.methods or ()}
-    schemas = _Schemas(every)
+    schemas = Schemas(every)
     errors = _Errors()
     paths: dict[str, dict[str, Any]] = {}
     for operation in every:
@@ -158,7 +159,7 @@ def refusals(operation: Operation, row: Route) -> frozenset[ErrorCode]:
     return frozenset(codes)
 
 
-def _operation(operation: Operation, row: Route, schemas: "_Schemas", errors: "_Errors") -> dict[str, Any]:
+def _operation(operation: Operation, row: Route, schemas: Schemas, errors: "_Errors") -> dict[str, Any]:
     told: dict[str, Any] = {
         "operationId": operation.name,
         "tags": [operation.tag],
@@ -198,13 +199,13 @@ def _operation(operation: Operation, row: Route, schemas: "_Schemas", errors: "_
     return told
 
 
-def _body(operation: Operation, schemas: "_Schemas") -> dict[str, Any]:
+def _body(operation: Operation, schemas: Schemas) -> dict[str, Any]:
     schema = _any_of([schemas.of(body) for body in operation.bodies])
     # What is to be changed may be left out, each but not all: a PATCH that names nothing is refused.
     return {**schema, "minProperties": 1} if operation.method == "PATCH" else schema
 
 
-def _path_parameters(operation: Operation, schemas: "_Schemas") -> list[dict[str, Any]]:
+def _path_parameters(operation: Operation, schemas: Schemas) -> list[dict[str, Any]]:
     parameters = []
     for name, kind in operation.parameters.items():
         schema = schemas.of(kind)
@@ -215,7 +216,7 @@ def _path_parameters(operation: Operation, schemas: "_Schemas") -> list[dict[str
     return parameters
 
 
-def _query_parameters(operation: Operation, schemas: "_Schemas") -> list[dict[str, Any]]:
+def _query_parameters(operation: Operation, schemas: Schemas) -> list[dict[str, Any]]:
     parameters = []
     for field in msgspec.structs.fields(operation.query) if operation.query is not None else ():
         schema = schemas.of(field.type)
@@ -237,7 +238,7 @@ def _parameter(
     return {**parameter, "description": description} if description else parameter
 
 
-def _success(operation: Operation, row: Route, schemas: "_Schemas") -> dict[str, Any]:
+def _success(operation: Operation, row: Route, schemas: Schemas) -> dict[str, Any]:
     headers = _headers(counted=row.counted)
     if operation.has_location:
         headers["Location"] = _header("Location")
@@ -305,76 +306,6 @@ def _headers(*, counted: bool, limited: bool = False) -> dict[str, Any]:
 
 def _any_of(schemas: list[dict[str, Any]]) -> dict[str, Any]:
     return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
-
-
-class _Schemas:
-    """The schemas of all types that operations name; `components` are the structs among them and within them.
-
-    msgspec describes what a struct decodes: a field with a default need not come. What is encoded has all its fields,
-    unless its struct omits defaults; structs that are only answered are described so.
-    """
-
-    def __init__(self, operations: Iterable[Operation]) -> None:
-        decoded: list[Any] = []
-        encoded: list[Any] = []
-        for operation in operations:
-            decoded += [*operation.bodies, *operation.parameters.values()]
-            if operation.query is not None:
-                decoded += [field.type for field in msgspec.structs.fields(operation.query)]
-            if operation.answer is not None:
-                encoded.append(operation.answer)
-        read, written = _structs(decoded), _structs(encoded)
-        self._types = [*decoded, *encoded, *written]
-        self._schemas, components = msgspec.json.schema_components(
-            self._types, ref_template="#/components/schemas/{name}"
-        )
-        self.components: dict[str, Any] = dict(components)
-        for kind in written.keys() - read.keys():
-            name = self.of(kind)["$ref"].rpartition("/")[2]
-            self.components[name] = _as_encoded(self.components[name], written[kind])
-
-    def of(self, kind: Any) -> dict[str, Any]:
-        """The schema, the caller's own copy."""
-        # By equality: annotations are made anew each time that they are asked for, and some cannot be hashed.
-        return dict(self._schemas[self._types.index(kind)])
-
-
-def _as_encoded(schema: dict[str, Any], struct: inspect.StructType) -> dict[str, Any]:
-    config = struct.cls.__struct_config__
-    properties = {
-        name: {key: value for key, value in told.items() if key != "default"}
-        for name, told in schema["properties"].items()
-    }
-    required = [
-        field.encode_name
-        for field in struct.fields
-        # Neither required nor with a default: UNSET, which is left out.
-        if field.required
-        or (not config.omit_defaults and (field.default, field.default_factory) != (NODEFAULT, NODEFAULT))
-    ]
-    return {**schema, "properties": properties, "required": required}
-
-
-def _structs(kinds: Iterable[Any]) -> dict[type, inspect.StructType]:
-    """The structs among these types and within them."""
-    found: dict[type, inspect.StructType] = {}
-
-    def look(kind: Any) -> None:
-        if isinstance(kind, inspect.StructType):
-            if kind.cls in found:
-                return
-            found[kind.cls] = kind
-            for field in kind.fields:
-                look(field.type)
-        elif isinstance(kind, inspect.Type):
-            for name in ("type", "types", "item_type", "item_types", "key_type", "value_type"):
-                within = getattr(kind, name, ())
-                for each in within if isinstance(within, tuple) else (within,):
-                    look(each)
-
-    for kind in inspect.multi_type_info(kinds):
-        look(kind)
-    return found
 
 
 def _envelope() -> dict[str, Any]:

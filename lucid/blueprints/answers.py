@@ -4,7 +4,7 @@ import logging
 from typing import Any, Final
 
 from sanic import HTTPResponse, Request, Sanic
-from sanic.exceptions import SanicException
+from sanic.exceptions import RequestCancelled, SanicException
 from sanic.handlers import ErrorHandler
 from sanic.response import BaseHTTPResponse, raw
 
@@ -15,6 +15,8 @@ from lucid.errors import ErrorCode, GatewayError, envelope
 
 _log: Final = logging.getLogger(__name__)
 
+_CALLER_LEFT: Final = 499
+"""nginx's number for it, and that of the record (Gateway.abandon)."""
 _SANIC_CODES: Final = {
     400: ErrorCode.BAD_FIELD,
     404: ErrorCode.NO_SUCH_ROUTE,
@@ -32,7 +34,10 @@ class EnvelopeHandler(ErrorHandler):
         super().__init__()
         self._gateway = gateway
 
-    def default(self, request: Request, exception: Exception) -> HTTPResponse:
+    def default(self, request: Request, exception: BaseException) -> HTTPResponse:
+        if isinstance(exception, RequestCancelled):
+            # Sanic's word for a caller who hung up. The record of the exchange is written, and nobody reads this.
+            return raw(b"", status=_CALLER_LEFT)
         if isinstance(exception, GatewayError):
             error = exception
         elif isinstance(exception, SanicException) and exception.status_code in _SANIC_CODES:

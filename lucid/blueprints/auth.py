@@ -7,6 +7,7 @@ from sanic import Request
 
 from lucid.blueprints.coding import caller_of, principal_of
 from lucid.blueprints.resource import Resource
+from lucid.core.rules.addresses import identifier
 from lucid.core.validation import (
     MAX_PASSWORD_CHARACTERS,
     AccessTokenText,
@@ -72,9 +73,9 @@ def resource(service: AuthService) -> Resource:
     routes = Resource("auth", "/api/v1/auth")
 
     @routes.post("/challenge", body=ChallengeBody, answer=Challenge, errors=(ErrorCode.DEPENDENCY_AWAY,))
-    async def challenge(_request: Request, body: ChallengeBody) -> Challenge:
+    async def challenge(request: Request, body: ChallengeBody) -> Challenge:
         """A text for a wallet to sign within five minutes."""
-        return await service.challenge(body.tron_address)
+        return await service.challenge(body.tron_address, caller_of(request))
 
     @routes.post(
         "/login",
@@ -140,9 +141,9 @@ def resource(service: AuthService) -> Resource:
         await service.logout(principal_of(request), body.all_logins, caller_of(request))
 
     @routes.post("/verify", body=VerifyBody, answer=TokenReport, errors=(ErrorCode.RATE_LIMITED, *_CLUSTER))
-    async def verify(_request: Request, body: VerifyBody) -> TokenReport:
+    async def verify(request: Request, body: VerifyBody) -> TokenReport:
         """Whether an access token is good at this moment, and its claims."""
-        return await service.verify(body.token)
+        return await service.verify(body.token, identifier(caller_of(request).address))
 
     @routes.get("/status", answer=Status)
     async def status(request: Request) -> Status:

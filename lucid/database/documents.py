@@ -138,11 +138,6 @@ def milliseconds(moment: dt.datetime) -> dt.datetime:
     return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
 
 
-def email_key(email: str) -> str:
-    """What makes two spellings one email."""
-    return email.lower()
-
-
 def utc_now() -> dt.datetime:
     """The wall clock."""
     return dt.datetime.now(dt.UTC)

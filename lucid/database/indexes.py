@@ -15,8 +15,8 @@ from typing import Any, Final
 import msgspec
 from pymongo.errors import DuplicateKeyError, OperationFailure
 
+from lucid.core.validation import email_key
 from lucid.database.connection import Connection, Document
-from lucid.database.documents import email_key
 from lucid.errors import GatewayError, away
 
 RETRY_SECONDS: Final = 5.0

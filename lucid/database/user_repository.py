@@ -7,17 +7,9 @@ from typing import Any, Final
 import msgspec
 from pymongo import ReturnDocument
 
+from lucid.core.validation import email_key
 from lucid.database.connection import Connection, Document
-from lucid.database.documents import (
-    HardwareWallet,
-    UserDocument,
-    email_key,
-    milliseconds,
-    read,
-    row,
-    stored,
-    utc_now,
-)
+from lucid.database.documents import HardwareWallet, UserDocument, milliseconds, read, row, stored, utc_now
 from lucid.database.indexes import Indexes
 from lucid.errors import ErrorCode, GatewayError
 

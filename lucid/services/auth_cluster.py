@@ -22,7 +22,6 @@ No connection, an open breaker and a full pool are BACKEND_UNAVAILABLE; what com
 """
 
 import asyncio
-import base64
 import contextlib
 import logging
 import math
@@ -34,31 +33,29 @@ from typing import Any, Final, TypeVar, cast
 import httpx
 import msgspec
 
-from lucid.core.exchange import ROLES, Principal, Role
-from lucid.core.security.jwt import LONGEST_LIFE_MINUTES, MAX_TOKEN_BYTES
-from lucid.core.security.roles import PERMISSIONS, TIERS
-from lucid.core.security.tron import is_address
-from lucid.core.validation import bad_field, is_user_id
+from lucid.core.exchange import Principal
+from lucid.core.security import jwt
+from lucid.core.validation import bad_field
 from lucid.core.wire.transport import BreakerOpen
 from lucid.errors import AWAY_RETRY_SECONDS, ErrorCode, GatewayError
+from lucid.services.cluster_answers import (
+    ACCESS_TOKEN,
+    ClusterLogin,
+    ClusterTokens,
+    Nonsense,
+    RawTokens,
+    RawVerified,
+    checked_tokens,
+    principal_of,
+)
 
 DEPENDENCY: Final = "auth-service"
 CALL_SECONDS: Final = 5.0
 VERIFY_SECONDS: Final = 2.0
 """`verify` stands between a request and its backend; the others only before a person who waits for a login."""
 MAX_ANSWER_BYTES: Final = 65_536
-MAX_PERMISSIONS: Final = 256
 MOST_RETRY_SECONDS: Final = 3_600
-CLOCK_SKEW_SECONDS: Final = 60.0
-"""How far the cluster's clock may be ahead of this one before `iat` is taken for nonsense."""
 
-_LONGEST_LIFE_SECONDS: Final = LONGEST_LIFE_MINUTES * 60
-_COMPACT: Final = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)\.[A-Za-z0-9_-]+")
-# An access token must fit the Authorization field; a refresh token is VSCHAR (RFC 6749, appendix A.17).
-_ACCESS: Final = re.compile(rf"[\x21-\x7e]{{1,{MAX_TOKEN_BYTES}}}")
-_REFRESH: Final = re.compile(rf"[\x20-\x7e]{{1,{MAX_TOKEN_BYTES}}}")
-_NAME: Final = re.compile(r"[\x21-\x7e]{1,128}")
-_PERMISSION: Final = re.compile(r"[a-z0-9_.-]{1,64}:[a-z0-9_.-]{1,64}")
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _RETRY_AFTER: Final = re.compile(r"[0-9]{1,4}")
 
@@ -66,74 +63,6 @@ _log = logging.getLogger(__name__)
 _encode = msgspec.json.Encoder().encode
 
 T = TypeVar("T")
-
-
-class ClusterTokens(msgspec.Struct, frozen=True):
-    """A pair of the cluster's own tokens, to be passed through. `expires_in`: seconds of the access token."""
-
-    access_token: str
-    refresh_token: str
-    token_type: str
-    expires_in: int
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(tokens=***)"
-
-
-class ClusterLogin(ClusterTokens, frozen=True):
-    """The pair and whose it is.
-
-    `tron_address` is never None in the answer to a login, where it is the one that signed.
-    """
-
-    user_id: str
-    tron_address: str | None
-    role: Role
-    permissions: tuple[str, ...]
-
-    def __repr__(self) -> str:
-        return f"ClusterLogin(user_id={self.user_id!r}, role={self.role!r}, tokens=***)"
-
-
-class _User(msgspec.Struct):
-    user_id: str
-    role: str
-    tron_address: str | None = None
-    permissions: list[str] | None = None
-
-
-class _Tokens(msgspec.Struct):
-    access_token: str
-    refresh_token: str
-    token_type: str
-    expires_in: int
-    user: _User | None = None
-
-
-class _Verified(msgspec.Struct):
-    active: bool
-    sub: str | None = None
-    user_id: str | None = None
-    role: str | None = None
-    sid: str | None = None
-    jti: str | None = None
-    iat: int | float | None = None
-    exp: int | float | None = None
-    iss: str | None = None
-
-
-class _Header(msgspec.Struct):
-    alg: str
-
-
-class _Payload(msgspec.Struct):
-    """What a token says of itself; nobody has verified it."""
-
-    iss: str
-    sub: Any = None
-    sid: Any = None
-    jti: Any = None
-    iat: Any = None
 
 
 class _Answer(msgspec.Struct, frozen=True):
@@ -144,14 +73,8 @@ class _Answer(msgspec.Struct, frozen=True):
     retry_after: str
 
 
-class _Nonsense(Exception):
-    """An answer that cannot be believed; its text says why, without any value from it."""
-
-
-_decode_header = msgspec.json.Decoder(_Header).decode
-_decode_payload = msgspec.json.Decoder(_Payload).decode
-_decode_tokens = msgspec.json.Decoder(_Tokens).decode
-_decode_verified = msgspec.json.Decoder(_Verified).decode
+_decode_tokens = msgspec.json.Decoder(RawTokens).decode
+_decode_verified = msgspec.json.Decoder(RawVerified).decode
 
 _LOGIN: Final = "/auth/login"
 _REFRESHING: Final = "/auth/refresh"
@@ -160,26 +83,6 @@ _VERIFY: Final = "/auth/verify"
 _NO_TOKENS: Final = frozenset({400, 401, 403, 409, 422})
 _NOT_GOOD: Final = frozenset({400, 401, 422})
 _LOGGED_OUT: Final = frozenset({401, 404})
-
-
-def issuer_of(token: str) -> str | None:
-    """The `iss` that a compact JWS (RFC 7515, 3.1) claims, unverified; None for all that is none. Never raises.
-
-    Says who is to be asked about the token, nothing about whether it is good.
-    """
-    payload = _payload_of(token)
-    return None if payload is None else payload.iss
-
-
-def open_client(transport: httpx.AsyncBaseTransport, url: str) -> httpx.AsyncClient:
-    """The client for an `AuthCluster`: no proxies or credentials of the environment, no redirects.
-
-    `transport` is a `PoolTransport`, which also keeps cookies out: the client serves all users. `url` gives the
-    path before `/auth/...`. Closed by `AuthCluster.aclose`.
-    """
-    return httpx.AsyncClient(
-        transport=transport, base_url=url, timeout=CALL_SECONDS, follow_redirects=False, trust_env=False
-    )
 
 
 class AuthCluster:
@@ -201,7 +104,7 @@ class AuthCluster:
         verify_seconds: float = VERIFY_SECONDS,
     ) -> None:
         self._client = client
-        self._issuers = frozenset(issuers)
+        self._issuers = frozenset(issuers) - {""}
         self._wall_clock = wall_clock
         self._retry_after = retry_after
         self._call_seconds = call_seconds
@@ -213,7 +116,7 @@ class AuthCluster:
 
     def issues(self, token: str) -> bool:
         """Whether this token claims one of the cluster's issuers, so that `verify` is to be asked about it."""
-        return issuer_of(token) in self._issuers
+        return jwt.issuer_of(token) in self._issuers
 
     async def login(self, body: Mapping[str, Any], request_id: str) -> ClusterLogin:
         """Tokens for the wallet `body["tron_address"]`; the body goes on as it is.
@@ -227,12 +130,12 @@ class AuthCluster:
         if answer.status != 200:
             raise self._refusal(_LOGIN, answer, request_id, _NO_TOKENS)
         try:
-            tokens = _checked_tokens(_decoded(_decode_tokens, answer))
+            tokens = checked_tokens(_decoded(_decode_tokens, answer))
             if not isinstance(tokens, ClusterLogin):
-                raise _Nonsense("the user is missing")
+                raise Nonsense("the user is missing")
             if tokens.tron_address != address:
-                raise _Nonsense("user.tron_address is not the one that logged in")
-        except _Nonsense as nonsense:
+                raise Nonsense("user.tron_address is not the one that logged in")
+        except Nonsense as nonsense:
             raise _broken(_LOGIN, str(nonsense), request_id) from None
         return tokens
 
@@ -246,8 +149,8 @@ class AuthCluster:
         if answer.status != 200:
             raise self._refusal(_REFRESHING, answer, request_id, _NO_TOKENS)
         try:
-            return _checked_tokens(_decoded(_decode_tokens, answer))
-        except _Nonsense as nonsense:
+            return checked_tokens(_decoded(_decode_tokens, answer))
+        except Nonsense as nonsense:
             raise _broken(_REFRESHING, str(nonsense), request_id) from None
 
     async def logout(self, access_token: str | None, all_logins: bool, request_id: str) -> None:
@@ -258,7 +161,7 @@ class AuthCluster:
         """
         if access_token is None:
             raise GatewayError(ErrorCode.NO_CREDENTIAL)
-        if _ACCESS.fullmatch(access_token) is None:
+        if ACCESS_TOKEN.fullmatch(access_token) is None:
             raise GatewayError(ErrorCode.BAD_CREDENTIAL)
         answer = await self._post(
             _LOGOUT, {"all_logins": all_logins}, request_id, self._call_seconds, access_token
@@ -275,7 +178,7 @@ class AuthCluster:
         A token that does not claim one of the issuers is BAD_CREDENTIAL without being shown to the cluster. Raises
         RATE_LIMITED, BACKEND_…. Nothing is remembered here.
         """
-        claimed = _payload_of(token)
+        claimed = jwt.claimed(token)
         if claimed is None or claimed.iss not in self._issuers:
             return ErrorCode.BAD_CREDENTIAL
         answer = await self._post(_VERIFY, {"token": token}, request_id, self._verify_seconds)
@@ -287,8 +190,8 @@ class AuthCluster:
             verified = _decoded(_decode_verified, answer)
             if not verified.active:
                 return ErrorCode.BAD_CREDENTIAL
-            return _principal(verified, claimed, self._wall_clock())
-        except _Nonsense as nonsense:
+            return principal_of(verified, claimed, self._wall_clock())
+        except Nonsense as nonsense:
             raise _broken(_VERIFY, str(nonsense), request_id) from None
 
     async def _post(
@@ -380,125 +283,16 @@ async def _read(response: httpx.Response) -> bytes | None:
 
 def _decoded(decode: Callable[[bytes], T], answer: _Answer) -> T:
     if answer.content_type.partition(";")[0].strip().lower() != "application/json":
-        raise _Nonsense("it is no JSON by its Content-Type")
+        raise Nonsense("it is no JSON by its Content-Type")
     if answer.content is None:
-        raise _Nonsense(f"it has more than {MAX_ANSWER_BYTES} bytes")
+        raise Nonsense(f"it has more than {MAX_ANSWER_BYTES} bytes")
     try:
         return decode(answer.content)
     except msgspec.ValidationError as error:
         # Names types and the field's path, never a value.
-        raise _Nonsense(str(error)) from None
+        raise Nonsense(str(error)) from None
     except (ValueError, msgspec.DecodeError, RecursionError):
-        raise _Nonsense("it is no JSON") from None
-
-
-def _checked_tokens(answer: _Tokens) -> ClusterTokens:
-    """The answer as what it claims to be. Raises _Nonsense."""
-    _require(_ACCESS.fullmatch(answer.access_token), "access_token is no token")
-    _require(_REFRESH.fullmatch(answer.refresh_token), "refresh_token is no token")
-    # The name's case does not matter (RFC 6749, 5.1).
-    _require(answer.token_type.lower() == "bearer", "token_type is not Bearer")
-    _require(1 <= answer.expires_in <= _LONGEST_LIFE_SECONDS, "expires_in is out of bounds")
-    pair = ClusterTokens(answer.access_token, answer.refresh_token, "Bearer", answer.expires_in)
-    user = answer.user
-    if user is None:
-        return pair
-    role = ROLES.get(user.role)
-    claimed = _payload_of(answer.access_token)
-    _require(is_user_id(user.user_id), "user.user_id is no user id")
-    if role is None:
-        raise _Nonsense("user.role is unknown")
-    _require(
-        claimed is None or claimed.sub in (None, user.user_id), "user.user_id is not the access token's sub"
-    )
-    _require(user.tron_address is None or is_address(user.tron_address), "user.tron_address is no address")
-    given = PERMISSIONS[role] if user.permissions is None else tuple(user.permissions)
-    _require(
-        len(given) <= MAX_PERMISSIONS and all(map(_PERMISSION.fullmatch, given)),
-        "user.permissions are not of the form area:verb",
-    )
-    return ClusterLogin(
-        pair.access_token,
-        pair.refresh_token,
-        pair.token_type,
-        pair.expires_in,
-        user.user_id,
-        user.tron_address,
-        role,
-        given,
-    )
-
-
-def _principal(answer: _Verified, claimed: _Payload, now: float) -> Principal | ErrorCode:
-    """Whom an active token names. Raises _Nonsense where the answer cannot be about this token.
-
-    What the answer leaves out is taken from the token, which the cluster has just called its own.
-    """
-    user_id = answer.sub or answer.user_id or ""
-    _require(is_user_id(user_id), "sub is no user id")
-    _require(answer.user_id in (None, user_id), "sub and user_id are two users")
-    _require(claimed.sub in (None, user_id), "sub is not the token's")
-    _require(answer.iss in (None, claimed.iss), "iss is not the token's")
-    role = ROLES.get(answer.role or "")
-    if role is None:
-        raise _Nonsense("role is unknown")
-    if answer.exp is None:
-        raise _Nonsense("exp is missing")
-    latest_issue = now + CLOCK_SKEW_SECONDS
-    _require(0 < answer.exp <= latest_issue + _LONGEST_LIFE_SECONDS, "exp is out of bounds")
-    issued_at = 0.0
-    if answer.iat is not None:
-        _require(0 <= answer.iat <= latest_issue and answer.iat < answer.exp, "iat is out of bounds")
-        issued_at = float(answer.iat)
-    elif type(claimed.iat) in (int, float) and 0 <= claimed.iat <= latest_issue:
-        issued_at = float(claimed.iat)
-    family = _name("sid", answer.sid, claimed.sid)
-    token_id = _name("jti", answer.jti, claimed.jti)
-    if now >= answer.exp:
-        return ErrorCode.CREDENTIAL_EXPIRED
-    return Principal(
-        role=role,
-        tier=TIERS[role],
-        identifier=user_id,
-        user_id=user_id,
-        family=family,
-        token_id=token_id,
-        issued_at=issued_at,
-        expires_at=float(answer.exp),
-        via="token",
-    )
-
-
-def _name(what: str, answered: str | None, claimed: Any) -> str:
-    """`sid` and `jti` go into keys and channel messages. Empty: neither side names one."""
-    own = claimed if isinstance(claimed, str) and _NAME.fullmatch(claimed) else ""
-    if not answered:
-        return own
-    _require(_NAME.fullmatch(answered), f"{what} is no name")
-    _require(own in ("", answered), f"{what} is not the token's")
-    return answered
-
-
-def _payload_of(token: str) -> _Payload | None:
-    if len(token) > MAX_TOKEN_BYTES:
-        return None
-    parts = _COMPACT.fullmatch(token)
-    if parts is None:
-        return None
-    try:
-        _decode_header(_from_base64url(parts[1]))
-        return _decode_payload(_from_base64url(parts[2]))
-    except (ValueError, msgspec.DecodeError, RecursionError):
-        return None
-
-
-def _from_base64url(text: str) -> bytes:
-    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
-
-
-def _require(is_so: object, reason: str) -> None:
-    if not is_so:
-        raise _Nonsense(reason)
+        raise Nonsense("it is no JSON") from None
 
 
 def _broken(path: str, reason: str, request_id: str) -> GatewayError:

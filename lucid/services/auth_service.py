@@ -18,6 +18,10 @@ families where that is due. Whoever issues a token takes its moment first and re
 
 A login starts its family first and reads the user then, for the same reason: read before the change, the family was
 there when families were ended; read after it, the login sees the change and gives nothing out.
+
+*A caller who hangs up* breaks off neither the end of a login, of whatever kind, nor the judgement of a password: half
+of the one would leave tokens alive that the other half said were dead, and half of the other is a guess that no record
+tells of. Whatever else breaks off gave nothing to anybody.
 """
 
 import datetime as dt
@@ -30,6 +34,7 @@ import msgspec
 
 from lucid.core.exchange import ROLES, Principal, Role
 from lucid.core.gateway import LEARNED_TOKEN_SECONDS
+from lucid.core.rules.keys import KeyMemory
 from lucid.core.rules.tokens import TokenMemory
 from lucid.core.security import api_keys as keys
 from lucid.core.security import nonces
@@ -52,7 +57,7 @@ from lucid.errors import AWAY_RETRY_SECONDS, ErrorCode, GatewayError, away, rfc3
 from lucid.services.auth_cluster import AuthCluster
 from lucid.services.challenges import Challenge, Challenges
 from lucid.services.cluster_logins import ClusterLogins
-from lucid.services.login_delays import LoginDelays
+from lucid.services.login_delays import Attempt, LoginDelays
 from lucid.services.login_types import (
     AuthenticatedUser,
     Caller,
@@ -68,6 +73,7 @@ from lucid.services.login_types import (
 from lucid.services.look_ups import LookUps
 from lucid.services.password_hashing import PasswordHashing
 from lucid.services.revocations import Revocation, Revocations, of_user, user_moment
+from lucid.services.unbroken import Unbroken
 from lucid.services.user_service import effective_role
 from lucid.settings import TokenSettings
 
@@ -103,13 +109,14 @@ class AuthService:
         charge: Charge,
         cluster: AuthCluster | None = None,
         fetch_keys: Callable[[], Awaitable[object]] | None = None,
-        generation: Callable[[], int] = lambda: 0,
+        remembered: KeyMemory | None = None,
+        unbroken: Unbroken | None = None,
         wall_clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """`cluster` gives the tokens instead of `issuer`. `fetch_keys` fetches the key set anew, for a token that
-        names a key which is not known here. `generation` is that of what is remembered about API keys. `monotonic`
-        is the clock by which `memory` is asked.
+        names a key which is not known here. `remembered` is what this worker was told about
+        credentials lately. `monotonic` is the clock by which `memory` is asked.
         """
         self._users = users
         self._refresh_tokens = refresh_tokens
@@ -137,22 +144,24 @@ class AuthService:
                 wall_clock=wall_clock,
             )
         )
+        self._unbroken = unbroken or Unbroken()
+        self._keys = remembered or KeyMemory()
         self._fetch_keys = fetch_keys
         self._wall_clock = wall_clock
         self._monotonic = monotonic
         self._key_look_ups = LookUps(
             self._find_api_key,
             lambda: away("mongodb", "Too many API keys are being looked up"),
-            generation=generation,
+            generation=lambda: self._keys.generation,
         )
         self._token_look_ups = LookUps(self._find_token, _too_many_tokens)
         self._key_uses: dict[str, dt.datetime] = {}
 
     # --- logging in ------------------------------------------------------------------------------------
 
-    async def challenge(self, tron_address: str) -> Challenge:
+    async def challenge(self, tron_address: str, caller: Caller) -> Challenge:
         """A text for this wallet to sign within five minutes. Raises BAD_FIELD for a wrong checksum."""
-        return await self._challenges.make(checked_address(tron_address))
+        return await self._challenges.make(checked_address(tron_address), caller.address)
 
     async def login_with_wallet(
         self,
@@ -225,6 +234,9 @@ class AuthService:
             if error.code is ErrorCode.RATE_LIMITED:
                 record("login_failed", caller, method="password", code=error.code.value)
             raise
+        return await self._unbroken(self._judge_attempt(attempt, email, password, caller))
+
+    async def _judge_attempt(self, attempt: Attempt, email: str, password: str, caller: Caller) -> TokenPair:
         try:
             pair = await self._login_with_password(email, password, caller)
         except GatewayError as error:
@@ -311,21 +323,22 @@ class AuthService:
         if family is None:
             await self._charge("login", caller.address, caller.exchange)
             raise bad_refresh_token()
+        if family.revoked_at is None and family.current != spent:
+            # Before anything is charged: a thief's and an owner's requests together may be over the limit.
+            raise await self._unbroken(self._reused(family, caller))
         await self._charge("refresh", family.user_id, caller.exchange)
         if family.revoked_at is not None:
             raise bad_refresh_token()
-        if family.current != spent:
-            raise await self._reused(family, caller)
         moment = self._wall_clock()
         user = await self._users.find_by_id(family.user_id)
         if user is None:
-            await self._end_family(family)
+            await self._unbroken(self._end_family(family))
             raise bad_refresh_token()
         role = effective_role(user, self._admin_addresses)
         issued = self._issue(user, role, family.family, moment)
         fresh = nonces.refresh_token()
         if not await self._refresh_tokens.rotate(family, spent, keys.digest(fresh), self._now()):
-            raise await self._reused(family, caller)
+            raise await self._unbroken(self._reused(family, caller))
         return self._pair(user, role, issued, fresh)
 
     # --- logging out -----------------------------------------------------------------------------------
@@ -340,6 +353,9 @@ class AuthService:
         """
         if principal.via != "token":
             raise GatewayError(ErrorCode.ROLE_TOO_LOW, "Only a token from a login can log out")
+        await self._unbroken(self._logout(principal, all_logins, caller))
+
+    async def _logout(self, principal: Principal, all_logins: bool, caller: Caller) -> None:
         # By the token's own issuer: tokens minted here by hand are good beside the cluster's.
         until = self._until(principal.expires_at)
         if self._cluster_logins is not None and self._is_clusters(caller.token):
@@ -377,14 +393,19 @@ class AuthService:
 
     # --- whose a credential is -------------------------------------------------------------------------
 
-    async def verify(self, token: str) -> TokenReport:
-        """Whether an access token is good at this moment, revocations included. Raises BACKEND_... where the
-        authentication cluster must be asked and does not answer.
+    async def verify(self, token: str, asker: str = "") -> TokenReport:
+        """Whether an access token is good at this moment, revocations included. `asker`: the caller's address, as
+        limits count it. Raises BACKEND_... where the authentication cluster must be asked and does not answer.
         """
         verdict = self._memory.principal(token, self._monotonic())
         if verdict is None:
-            answer = await self.look_up_token(token)
-            if isinstance(answer, Principal):
+            digest = keys.digest(token)
+            answer = self._keys.get(digest, self._monotonic())
+            if answer is None:
+                answer = await self.look_up_token(token, asker)
+            if not isinstance(answer, Principal):
+                self._keys.put(digest, answer, self._monotonic())
+            else:
                 self._memory.remember(token, answer, self._monotonic(), LEARNED_TOKEN_SECONDS)
                 verdict = self._memory.principal(token, self._monotonic())
         if not isinstance(verdict, Principal):

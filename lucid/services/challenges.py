@@ -3,6 +3,10 @@
 The text is CAIP-122's. Its domain is that of PUBLIC_ORIGIN and never the Host field: a wallet shows it to
 its owner, who must see where the signature will be good. Redis rather than this worker's memory, because
 any worker of any pod may be asked to spend what another one gave out.
+
+Anyone may ask for a challenge of any address. So what is outstanding is bounded for each asker by itself, and only the
+asker's own challenges go for it: nobody can push out those that the wallet's owner is about to sign. It may be signed
+and spent from another network address than it was asked from.
 """
 
 import datetime as dt
@@ -14,6 +18,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from lucid.core.rules.addresses import identifier
 from lucid.core.security import nonces
 from lucid.core.security.tron import CHAIN_ID, SIGN_IN
 from lucid.core.validation import Moment
@@ -22,10 +27,10 @@ from lucid.services.stores import redis_border
 
 STATEMENT: Final = "Sign in to Lucid. This costs nothing and sends no transaction."
 LIFETIME_SECONDS: Final = 300
-MAX_OUTSTANDING: Final = 128
-"""Per wallet address, the oldest go first. Anyone may ask for a challenge of any address, so the bound must
-not be within reach of a flooder while an owner is reading the text: at the public limit of 100 requests a
-minute it takes one network address 77 seconds to push a challenge out.
+MAX_OUTSTANDING: Final = 512
+"""Per wallet and asker (an IPv4 address, an IPv6 /64), the oldest go first; a spent one counts until it would have
+expired. More than the public limit of 100 requests a minute lets an address have in five minutes: of those who share
+the owner's, only somebody with an account, whose own limit is higher, could push a challenge out.
 """
 
 _NONCE_LINE: Final = re.compile(r"^Nonce: ([0-9a-f]{32})$", re.MULTILINE)
@@ -51,8 +56,8 @@ class Challenges:
         self._domain = urlsplit(public_origin).netloc
         self._wall_clock = wall_clock
 
-    async def make(self, address: str) -> Challenge:
-        """A new challenge for this wallet, kept for five minutes."""
+    async def make(self, address: str, requester: str) -> Challenge:
+        """A new challenge for this wallet, kept for five minutes. `requester` is the asker's whole network address."""
         now = self._wall_clock()
         nonce = nonces.challenge_nonce()
         issued = dt.datetime.fromtimestamp(now, dt.UTC)
@@ -62,7 +67,7 @@ class Challenges:
             f"URI: {self._origin}\nVersion: 1\nChain ID: {CHAIN_ID}\nNonce: {nonce}\n"
             f"Issued At: {rfc3339(issued)}\nExpiration Time: {expires_at}"
         )
-        outstanding = _outstanding_key(address)
+        outstanding = _outstanding_key(address, requester)
         with redis_border():
             pipeline = self._redis.pipeline(transaction=False)
             pipeline.set(_key(address, nonce), message, ex=LIFETIME_SECONDS)
@@ -93,11 +98,9 @@ class Challenges:
         """Spend a challenge; False where another login was faster. DEL counts what it removed: one caller
         wins.
         """
+        # Among the outstanding ones it stays until it would have expired: who asked for it is not known here.
         with redis_border():
-            pipeline = self._redis.pipeline(transaction=False)
-            pipeline.delete(_key(address, nonce))
-            pipeline.zrem(_outstanding_key(address), nonce)
-            return bool((await pipeline.execute())[0])
+            return bool(await self._redis.delete(_key(address, nonce)))
 
 
 # The braces are part of the keys: Redis Cluster puts what stands inside them into one slot, so that one DEL
@@ -107,8 +110,8 @@ def _key(address: str, nonce: str) -> str:
     return f"lucid:challenge:{{{address}}}:{nonce}"
 
 
-def _outstanding_key(address: str) -> str:
-    return f"lucid:challenges:{{{address}}}"
+def _outstanding_key(address: str, requester: str) -> str:
+    return f"lucid:challenges:{{{address}}}:{identifier(requester)}"
 
 
 def _text(value: str | bytes) -> str:

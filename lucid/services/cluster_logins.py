@@ -12,12 +12,15 @@ from typing import Any, Final
 
 from lucid.core.exchange import Principal
 from lucid.core.security import api_keys as keys
+from lucid.core.security.jwt import claimed
+from lucid.core.validation import is_user_id
 from lucid.database.documents import HardwareWallet
 from lucid.database.refresh_token_repository import RefreshTokenRepository
 from lucid.database.user_repository import UserRepository
 from lucid.errors import ErrorCode, GatewayError
-from lucid.services.auth_cluster import AuthCluster, ClusterLogin, ClusterTokens
+from lucid.services.auth_cluster import AuthCluster
 from lucid.services.challenges import Challenges
+from lucid.services.cluster_answers import ClusterLogin, ClusterTokens
 from lucid.services.login_types import (
     AuthenticatedUser,
     Caller,
@@ -110,7 +113,9 @@ class ClusterLogins:
                 await self._charge("login", caller.address, caller.exchange)
             raise bad_refresh_token() from error
         self._owners.pop(spent, None)
-        owner = tokens.user_id if isinstance(tokens, ClusterLogin) else known
+        owner = (
+            tokens.user_id if isinstance(tokens, ClusterLogin) else _owner_of(tokens.access_token) or known
+        )
         if owner is not None:
             self._remember(tokens.refresh_token, owner)
         if known is None:
@@ -181,6 +186,12 @@ class ClusterLogins:
         if len(self._owners) >= MOST_REMEMBERED:
             self._owners.popitem(last=False)
         self._owners[keys.digest(refresh_token)] = user_id
+
+
+def _owner_of(access_token: str) -> str | None:
+    """Whose a token is that the cluster has just given out, if it says so."""
+    told = claimed(access_token)
+    return told.sub if told is not None and isinstance(told.sub, str) and is_user_id(told.sub) else None
 
 
 def _passed_on(tokens: ClusterTokens) -> TokenPair:

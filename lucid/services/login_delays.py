@@ -12,9 +12,13 @@ A count is forgotten 15 minutes after its last failure. The rules:
    of one key never overlap, and guesses beyond the free ones come one at a time.
 3. A success clears the account's count; the address gets its own attempt back and no more: else whoever has one
    account could clear the count of an address between the guesses at others.
-4. An account that does not exist is counted as one that does, so a wait tells nothing. (Who goes on guessing keeps
-   an account waiting, its owner too. A minute at most: the price of guesses that come from many addresses.)
-5. Without Redis nobody can say whether there is a wait: DEPENDENCY_AWAY, not a free guess.
+4. An account that does not exist is counted as one that does, so a wait tells nothing.
+5. Who goes on guessing from many addresses keeps an account waiting for as long as they like, since each end of a wait
+   may be theirs; nothing that counts by the account alone could tell its owner from them. So an address from which the
+   right password came within 30 days has a count of its own for that account, with the same waits: guesses from
+   elsewhere do not keep it out. Whoever comes from a new address meanwhile has to wait with the others. Logins with a
+   wallet, and logins that are there already, are kept out by nothing here.
+6. Without Redis nobody can say whether there is a wait: DEPENDENCY_AWAY, not a free guess.
 
 The time is Redis' own, one clock for all workers. An email is in no key, only its SHA-256.
 """
@@ -27,7 +31,7 @@ from typing import Any, Final
 import msgspec
 
 from lucid.core.rules.addresses import identifier
-from lucid.database.documents import email_key
+from lucid.core.validation import email_key
 from lucid.errors import ErrorCode, GatewayError
 from lucid.services.stores import redis_border
 
@@ -36,6 +40,8 @@ MOST_ACCOUNT_SECONDS: Final = 60
 FREE_ADDRESS_FAILURES: Final = 20
 MOST_ADDRESS_SECONDS: Final = 300
 FORGOTTEN_SECONDS: Final = 900
+KNOWN_SECONDS: Final = 30 * 86_400
+"""How long an account knows an address again."""
 
 # Each script has one key, so that Redis Cluster knows where to run it. ARGV: a moment in milliseconds or nothing,
 # after how many a count is forgotten, and then the wait after the first failure, after the second ... The answer:
@@ -93,6 +99,8 @@ class Attempt(msgspec.Struct, frozen=True):
 
     account: _Counted
     address: _Counted
+    known_key: str
+    """Is there once the password was right from this address."""
 
 
 class LoginDelays:
@@ -114,23 +122,28 @@ class LoginDelays:
         wrong or the caller left meanwhile. Raises RATE_LIMITED with `{"retry_after_seconds"}` and Retry-After while
         there is a wait, DEPENDENCY_AWAY.
         """
-        counted = await self._count(f"address:{identifier(address)}", self._address_waits)
+        asker = identifier(address)
+        counted = await self._count(f"address:{asker}", self._address_waits)
+        whose = f"account:{hashlib.sha256(email_key(email).encode()).hexdigest()}"
+        own = f"{whose}:{asker}"
+        known_key = f"lucid:login_known:{{{own}}}"
         try:
-            account = await self._count(
-                f"account:{hashlib.sha256(email_key(email).encode()).hexdigest()}", self._account_waits
-            )
+            with redis_border():
+                is_known = await self._redis.exists(known_key)
+            account = await self._count(own if is_known else whose, self._account_waits)
         except GatewayError:
             await self._take_back(counted)
             raise
-        return Attempt(account, counted)
+        return Attempt(account, counted, known_key)
 
     async def succeeded(self, attempt: Attempt) -> None:
-        """Forget the account's failures, and this attempt of the address. Raises nothing: where Redis went away
-        meanwhile, a login that is good remains so, and its counts are forgotten by themselves.
+        """Forget the account's failures and this attempt of the address, and know the address again. Raises nothing:
+        where Redis went away meanwhile, a login that is good remains so, and its counts are forgotten by themselves.
         """
         try:
             with redis_border():
                 await self._redis.delete(attempt.account.key)
+                await self._redis.set(attempt.known_key, 1, ex=KNOWN_SECONDS)
         except GatewayError:
             pass
         await self._take_back(attempt.address)

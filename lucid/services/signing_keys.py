@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from lucid.core.rules.tokens import TokenMemory
-from lucid.core.security.jwt import KeyMaterialError, TokenVerifier
+from lucid.core.security.jwt import TokenVerifier
+from lucid.core.security.key_material import KeyMaterialError
 
 REFRESH_SECONDS: Final = 300.0
 RETRY_SECONDS: Final = 5.0

@@ -45,6 +45,7 @@ def _tell(task: asyncio.Task[Any]) -> None:
         return
     error = task.exception()
     if isinstance(error, GatewayError):
-        _log.warning("a request whose caller had left ended in %s", error.code.value)
+        if error.code.status >= 500:
+            _log.warning("a request whose caller had left ended in %s", error.code.value)
     elif error is not None:
         _log.error("a request whose caller had left failed", exc_info=error)

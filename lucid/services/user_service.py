@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from lucid.database.refresh_token_repository import RefreshTokenRepository
     from lucid.database.user_repository import UserRepository
     from lucid.services.challenges import Challenges
-    from lucid.services.login_delays import LoginDelays
+    from lucid.services.login_delays import Attempt, LoginDelays
     from lucid.services.password_hashing import PasswordHashing
 
 __all__ = ["UserPage", "UserService", "UserView", "effective_role"]
@@ -105,7 +105,8 @@ class _Proofs(msgspec.Struct):
 
 
 class UserService:
-    """One per worker. Its methods raise GatewayError, NOT_FOUND for users who are not there and, alike, for those
+    """One per worker. `passwords` should not be the logins' own: registrations would fill its queue. Its methods raise
+    GatewayError, NOT_FOUND for users who are not there and, alike, for those
     whom one may not see.
 
     `registration`: whether emails and passwords are this gateway's own; where the authentication cluster has them
@@ -125,6 +126,7 @@ class UserService:
         admin_addresses: frozenset[str],
         wall_clock: Callable[[], float],
         registration: bool,
+        unbroken: Unbroken | None = None,
     ) -> None:
         self._users = users
         self._refresh_tokens = refresh_tokens
@@ -137,7 +139,7 @@ class UserService:
         self._registration = registration
         self._delays = delays
         self._registering: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._unbroken = Unbroken()
+        self._unbroken = unbroken or Unbroken()
 
     async def register(self, email: str, password: str, caller: Caller) -> UserView:
         """Make a user with the role `user`. Raises CONFLICT where the email is a live user's, BAD_FIELD."""
@@ -150,20 +152,8 @@ class UserService:
         async with self._registering.setdefault(email_key(email), asyncio.Lock()):
             if await self._users.find_by_email(email) is not None:
                 raise _conflict("email")
-            now = self._now()
-            user = await self._users.create(
-                UserDocument(
-                    user_id=nonces.new_id(),
-                    live=True,
-                    role=Role.USER.label,
-                    created_at=now,
-                    updated_at=now,
-                    email=email,
-                    password=await self._passwords.hash(password),
-                )
-            )
-        record("user_created", caller, user_id=user.user_id)
-        return self._view(user)
+            hashed = await self._passwords.hash(password)
+            return self._view(await self._unbroken(self._create(email, hashed, caller)))
 
     async def get(self, user_id: str, principal: Principal) -> UserView:
         """The user of this id, or the caller for `me`."""
@@ -238,10 +228,30 @@ class UserService:
                 return
         raise _changing()
 
+    async def _create(self, email: str, hashed: str, caller: Caller) -> UserDocument:
+        now = self._now()
+        user = await self._users.create(
+            UserDocument(
+                user_id=nonces.new_id(),
+                live=True,
+                role=Role.USER.label,
+                created_at=now,
+                updated_at=now,
+                email=email,
+                password=hashed,
+            )
+        )
+        record("user_created", caller, user_id=user.user_id)
+        return user
+
     async def _check_proofs(
         self, user: UserDocument, changes: UserChanges, proofs: _Proofs, caller: Caller
     ) -> None:
-        """What `changes` need besides a right. The cheap questions first, and last what cannot be taken back."""
+        """What `changes` need besides a right. All the cheap questions first: two passwords hashed are 0.4 s of a core,
+        too much for a change that cannot be. Last what cannot be taken back.
+        """
+        if changes.password is not UNSET:
+            _check_password_fields(user, changes)
         taken = []
         if changes.email is not UNSET and await self._is_taken(user, email=changes.email):
             taken.append("email")
@@ -254,12 +264,12 @@ class UserService:
         nonce = None
         if changes.tron_address is not UNSET and not proofs.spent:
             nonce = await self._signed_challenge(changes)
-        if changes.password is not UNSET:
-            await self._check_password(user, changes, proofs, caller)
         if taken:
             raise _conflict(*taken)
-        if changes.password is not UNSET and proofs.hashed is None:
-            proofs.hashed = await self._passwords.hash(changes.password)
+        if changes.password is not UNSET:
+            await self._check_password(user, changes, proofs, caller)
+            if proofs.hashed is None:
+                proofs.hashed = await self._passwords.hash(changes.password)
         if nonce is not None:
             if not await self._challenges.spend(str(changes.tron_address), nonce):
                 raise GatewayError(ErrorCode.UNKNOWN_CHALLENGE)
@@ -288,36 +298,33 @@ class UserService:
     async def _check_password(
         self, user: UserDocument, changes: UserChanges, proofs: _Proofs, caller: Caller
     ) -> None:
-        email = user.email if changes.email is UNSET else changes.email
-        if email is None:
-            raise bad_field("email", "is needed to log in with a password")
-        checked_password(str(changes.password), email)
-        if user.password is None:
-            if changes.current_password is not UNSET:
-                raise bad_field("current_password", "must be absent: no password is set yet")
-            return
-        if changes.current_password is UNSET:
-            raise bad_field("current_password", "is missing")
-        if proofs.verified == user.password:
+        if user.password is None or proofs.verified == user.password:
             return
         # A stolen token is no way to guess the password that it does not tell, so guesses here are slowed down as
         # they are at the login. The answer is a 401 as for every other proof that fails, a signature's too; what
         # failed the details say, so that nobody takes it for the token.
-        attempt = await self._delays.admit(user.email or email, caller.address)
+        attempt = await self._delays.admit(str(user.email or changes.email), caller.address)
+        await self._unbroken(
+            self._judge_guess(attempt, str(changes.current_password), user.user_id, user.password, caller)
+        )
+        proofs.verified = user.password
+
+    async def _judge_guess(
+        self, attempt: "Attempt", guess: str, user_id: str, stored: str, caller: Caller
+    ) -> None:
         try:
-            right = await self._passwords.verify(changes.current_password, user.password)
+            right = await self._passwords.verify(guess, stored)
         except GatewayError:
             await self._delays.withdrawn(attempt)
             raise
         if not right:
-            record("password_change_failed", caller, user_id=user.user_id)
+            record("password_change_failed", caller, user_id=user_id)
             raise GatewayError(
                 ErrorCode.BAD_CREDENTIAL,
                 "The current password is not right",
                 details={"field": "current_password"},
             )
         await self._delays.succeeded(attempt)
-        proofs.verified = user.password
 
     async def _write(
         self, user: UserDocument, data: dict[str, Any], principal: Principal, caller: Caller
@@ -402,6 +409,19 @@ class UserService:
 
 
 _EVENTS: Final = {"password": "password_changed", "email": "email_changed", "tron_address": "wallet_changed"}
+
+
+def _check_password_fields(user: UserDocument, changes: UserChanges) -> None:
+    """Whether a new password may be set with what the body names. Raises BAD_FIELD."""
+    email = user.email if changes.email is UNSET else changes.email
+    if email is None:
+        raise bad_field("email", "is needed to log in with a password")
+    checked_password(str(changes.password), email)
+    if user.password is None:
+        if changes.current_password is not UNSET:
+            raise bad_field("current_password", "must be absent: no password is set yet")
+    elif changes.current_password is UNSET:
+        raise bad_field("current_password", "is missing")
 
 
 def _differences(user: UserDocument, changes: UserChanges, proofs: _Proofs) -> dict[str, Any]:

@@ -282,7 +282,7 @@ def _tokens(env: _Environment, serve: bool) -> TokenSettings:
         refresh_days=env.integer("REFRESH_TOKEN_EXPIRE_DAYS", 7, 1, 365),
     )
     if len(env.faults) == known and (secret or given or tokens.previous_keys):
-        from lucid.core.security.jwt import key_faults
+        from lucid.core.security.key_material import key_faults
 
         for fault in key_faults(tokens):
             env.fault(fault.field, fault.reason)

@@ -21,7 +21,7 @@ from lucid.core.exchange import Exchange, Principal
 from lucid.errors import GatewayError, envelope
 from tests.support.stores import MongoChild, RedisChild
 from tests.support.wallet import Wallet
-from tests.support.workers import Worker, database_name, fleet_of
+from tests.support.workers import CALLER, Worker, database_name, fleet_of
 
 _numbers = itertools.count()
 
@@ -188,7 +188,7 @@ def test_faults_of_login(run: Callable[[Test], None]) -> None:
         status, error = await login(b"{")
         assert (status, error["code"]) == (400, "LUCID_ERR_1002")
         wallet = Wallet.generate()
-        challenge = await worker.auth.challenge(wallet.address)
+        challenge = await worker.auth.challenge(wallet.address, CALLER)
         status, error = await login(
             {"tron_address": wallet.address, "signature": "0" * 130, "message": challenge.message}
         )

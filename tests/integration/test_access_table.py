@@ -77,7 +77,7 @@ TOKENS: Final = KNOWN[3:]
 #
 # The contract leaves some cells open. Admins may touch admins only where they could have made them, so else a super
 # admin's rights could be taken by taking the user. An API key is no token from a login: it neither logs out nor
-# changes credentials, as it manages no API keys.
+# changes credentials or roles, as it manages no API keys.
 TABLE: Final = """
 GET    /health                                  -                  200
 GET    /health/ready                            -                  200
@@ -127,16 +127,16 @@ PATCH  /api/v1/users/{user_id}                  wallet:user        4003 4003 200
 
 PATCH  /api/v1/users/{user_id}                  user:me            2004 2004 2004 2004 2004 2004 2004 2004
 PATCH  /api/v1/users/{user_id}                  super_admin:own    2004 2004 2004 2004 2004 2004 2004 2004
-PATCH  /api/v1/users/{user_id}                  node_operator:user 4003 4003 200  4003 4003 200  200  200
+PATCH  /api/v1/users/{user_id}                  node_operator:user 4003 4003 2004 4003 4003 200  200  200
 PATCH  /api/v1/users/{user_id}                  admin:user         4003 4003 2004 4003 4003 2004 200  2004
 PATCH  /api/v1/users/{user_id}                  super_admin:user   4003 4003 2004 4003 4003 2004 200  2004
-PATCH  /api/v1/users/{user_id}                  user:operator      4003 4003 200  4003 4003 200  200  200
+PATCH  /api/v1/users/{user_id}                  user:operator      4003 4003 2004 4003 4003 200  200  200
 PATCH  /api/v1/users/{user_id}                  admin:operator     4003 4003 2004 4003 4003 2004 200  2004
 PATCH  /api/v1/users/{user_id}                  user:admin         4003 4003 2004 4003 4003 2004 200  2004
 PATCH  /api/v1/users/{user_id}                  super_admin:admin  4003 4003 2004 4003 4003 2004 200  2004
 PATCH  /api/v1/users/{user_id}                  user:super         4003 4003 2004 4003 4003 2004 200  2004
 PATCH  /api/v1/users/{user_id}                  user:listed        4003 4003 2004 4003 4003 2004 200  2004
-PATCH  /api/v1/users/{user_id}                  user:none          4003 4003 4003 4003 4003 4003 4003 4003
+PATCH  /api/v1/users/{user_id}                  user:none          4003 4003 2004 4003 4003 4003 4003 4003
 
 DELETE /api/v1/users/{user_id}                  me                 2004 2004 2004 204  204  204  204  4003
 DELETE /api/v1/users/{user_id}                  own                2004 2004 2004 204  204  204  204  4003

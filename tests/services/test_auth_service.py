@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime as dt
+import itertools
 import logging
 import uuid
 from collections import Counter
@@ -20,14 +21,14 @@ from lucid.core.security.roles import PERMISSIONS
 from lucid.core.validation import HardwareWalletText
 from lucid.database.documents import ApiKeyDocument, UserDocument
 from lucid.errors import ErrorCode, GatewayError
-from lucid.services import auth_service
+from lucid.services import auth_service, challenges
 from lucid.services.auth_service import Caller, TokenPair, TokenReport
-from lucid.services.challenges import MAX_OUTSTANDING
 from lucid.services.login_delays import FREE_ACCOUNT_FAILURES
 from lucid.services.look_ups import MOST_AT_ONCE, MOST_WAITING
 from lucid.services.revocations import KEY, USERS_KEY, Revocation, Revocations, of_user
 from lucid.services.user_rules import UserChanges
-from lucid.settings import TokenSettings
+from lucid.settings import RateSettings, TokenSettings
+from tests.support.hang_ups import HangUp, audited
 from tests.support.stores import MongoChild, RedisChild
 from tests.support.wallet import Wallet
 from tests.support.workers import CALLER, SETTINGS, Fleet, Worker, database_name, fleet_of
@@ -120,7 +121,7 @@ async def living_families(worker: Worker, user_id: str) -> int:
 def test_the_text_of_a_challenge(run: Run) -> None:
     async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
         wallet = Wallet.generate()
-        challenge = await a.auth.challenge(wallet.address)
+        challenge = await a.auth.challenge(wallet.address, CALLER)
         assert challenge.message == (
             "gateway.lucid.example wants you to sign in with your TRON account:\n"
             f"{wallet.address}\n\n"
@@ -134,7 +135,7 @@ def test_the_text_of_a_challenge(run: Run) -> None:
         )
         assert challenge.expires_at == "2030-01-01T00:05:00Z"
         assert len(bytes.fromhex(challenge.nonce)) == 16
-        assert (await b.auth.challenge(wallet.address)).nonce != challenge.nonce
+        assert (await b.auth.challenge(wallet.address, CALLER)).nonce != challenge.nonce
         for key in await a.redis.keys("*"):
             assert key.startswith(b"lucid:challenge")
             assert 290 < await a.redis.ttl(key) <= 300
@@ -146,7 +147,7 @@ def test_a_challenge_for_no_address(run: Run) -> None:
     async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
         address = Wallet.generate().address
         for bad in (address[:-1] + ("1" if address[-1] != "1" else "2"), "T" * 34, "", "x" * 20_000):
-            error = await refused(ErrorCode.BAD_FIELD, a.auth.challenge(bad))
+            error = await refused(ErrorCode.BAD_FIELD, a.auth.challenge(bad, CALLER))
             assert error.details["field"] == "tron_address"
             await refused(ErrorCode.BAD_FIELD, a.auth.login_with_wallet(bad, "", "", None, CALLER))
         assert await a.redis.keys("*") == []
@@ -154,16 +155,20 @@ def test_a_challenge_for_no_address(run: Run) -> None:
     run(test)
 
 
-def test_outstanding_challenges_are_bounded_and_the_oldest_go(run: Run) -> None:
+def test_outstanding_challenges_are_bounded_and_the_oldest_go(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(challenges, "MAX_OUTSTANDING", 7)
+
     async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
         wallet, other = Wallet.generate(), Wallet.generate()
-        kept = await a.auth.challenge(other.address)
+        kept = await a.auth.challenge(other.address, CALLER)
         made = []
-        for _ in range(MAX_OUTSTANDING + 3):
+        for _ in range(7 + 3):
             fleet.now += 0.01
-            made.append(await a.auth.challenge(wallet.address))
+            made.append(await a.auth.challenge(wallet.address, CALLER))
         keys = await a.redis.keys(f"lucid:challenge:{{{wallet.address}}}:*")
-        assert len(keys) == MAX_OUTSTANDING
+        assert len(keys) == 7
         for challenge, good in ((made[2], False), (made[3], True), (made[-1], True)):
             login = a.auth.login_with_wallet(
                 wallet.address, wallet.sign(challenge.message), challenge.message, None, CALLER
@@ -174,13 +179,50 @@ def test_outstanding_challenges_are_bounded_and_the_oldest_go(run: Run) -> None:
     run(test)
 
 
+@pytest.mark.parametrize("theirs", ["198.51.100.{}", "2001:db8:{:x}::1"])
+def test_nobody_elses_challenges_push_out_the_owners(
+    run: Run, monkeypatch: pytest.MonkeyPatch, theirs: str
+) -> None:
+    monkeypatch.setattr(challenges, "MAX_OUTSTANDING", 3)
+
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        wallet = Wallet.generate()
+        mine = await a.auth.challenge(wallet.address, CALLER)
+        for number in range(1, 40):
+            fleet.now += 0.001
+            await a.auth.challenge(wallet.address, Caller(theirs.format(number // 10 + 1)))
+        # Four askers, three each, and mine.
+        assert len(await a.redis.keys(f"lucid:challenge:{{{wallet.address}}}:*")) == 4 * 3 + 1
+        login = (wallet.address, wallet.sign(mine.message), mine.message, None)
+        assert isinstance(await b.auth.login_with_wallet(*login, OTHER), TokenPair)
+
+    run(test)
+
+
+def test_one_ipv6_network_is_one_asker(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(challenges, "MAX_OUTSTANDING", 3)
+
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        wallet = Wallet.generate()
+        for number in range(10):
+            fleet.now += 0.001
+            await a.auth.challenge(wallet.address, Caller(f"2001:db8:0:1::{number:x}"))
+        assert len(await a.redis.keys(f"lucid:challenge:{{{wallet.address}}}:*")) == 3
+
+    run(test)
+
+
+def test_the_bound_is_beyond_what_an_address_may_ask_for() -> None:
+    assert RateSettings().public * challenges.LIFETIME_SECONDS / 60 < challenges.MAX_OUTSTANDING
+
+
 # ---- login
 
 
 def test_a_first_login_on_one_worker_with_a_challenge_of_another(run: Run) -> None:
     async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
         wallet = Wallet.generate()
-        challenge = await a.auth.challenge(wallet.address)
+        challenge = await a.auth.challenge(wallet.address, CALLER)
         pair = await b.auth.login_with_wallet(
             wallet.address, wallet.sign(challenge.message), challenge.message, None, CALLER
         )
@@ -209,7 +251,7 @@ def test_a_first_login_on_one_worker_with_a_challenge_of_another(run: Run) -> No
 def test_a_ledger_logs_in_and_is_recorded(run: Run) -> None:
     async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
         wallet = Wallet.generate(ledger=True)
-        challenge = await a.auth.challenge(wallet.address)
+        challenge = await a.auth.challenge(wallet.address, CALLER)
         device = HardwareWalletText("ledger", "cafe\u0301-1")
         await a.auth.login_with_wallet(
             wallet.address, wallet.sign(challenge.message), challenge.message, device, CALLER
@@ -226,8 +268,8 @@ def test_a_ledger_logs_in_and_is_recorded(run: Run) -> None:
 def test_whatever_is_wrong_is_refused_and_spends_nothing(run: Run) -> None:
     async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
         wallet, thief = Wallet.generate(), Wallet.generate()
-        challenge = await a.auth.challenge(wallet.address)
-        theirs = await a.auth.challenge(thief.address)
+        challenge = await a.auth.challenge(wallet.address, CALLER)
+        theirs = await a.auth.challenge(thief.address, CALLER)
         message, good = challenge.message, wallet.sign(challenge.message)
         unknown, signature = ErrorCode.UNKNOWN_CHALLENGE, ErrorCode.BAD_SIGNATURE
 
@@ -262,7 +304,7 @@ def test_whatever_is_wrong_is_refused_and_spends_nothing(run: Run) -> None:
 def test_a_challenge_is_good_once(run: Run) -> None:
     async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
         wallet = Wallet.generate()
-        challenge = await a.auth.challenge(wallet.address)
+        challenge = await a.auth.challenge(wallet.address, CALLER)
         signed = wallet.sign(challenge.message)
 
         def login(worker: Worker) -> Coroutine[Any, Any, TokenPair]:
@@ -281,7 +323,7 @@ def test_a_challenge_is_good_once(run: Run) -> None:
 def test_an_expired_challenge(run: Run) -> None:
     async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
         wallet = Wallet.generate()
-        challenge = await a.auth.challenge(wallet.address)
+        challenge = await a.auth.challenge(wallet.address, CALLER)
         for key in await a.redis.keys("lucid:challenge:*"):
             await a.redis.pexpire(key, 1)
         await asyncio.sleep(0.02)  # Redis' own clock: the only one here that cannot be a number
@@ -360,7 +402,7 @@ def test_a_user_deleted_while_the_wallet_logs_in_gets_nothing(run: Run) -> None:
         wallet = Wallet.generate()
         first = await a.login(wallet)
         admin = Principal(Role.SUPER_ADMIN, "admin", "root", "root", via="token")
-        challenge = await a.auth.challenge(wallet.address)
+        challenge = await a.auth.challenge(wallet.address, CALLER)
 
         async def deleted(*_: Any) -> None:
             await b.user_service.delete(first.user.user_id, admin, CALLER)
@@ -460,7 +502,11 @@ def test_no_account_is_told_from_another_by_answer_or_by_work(run: Run) -> None:
             )
             hashed = [text in (UNKNOWN, user.password, "?") for text in a.hasher.verified]
             seen.append((str(error), error.details, error.fields, list(calls.made), hashed, a.hasher.hashed))
-        assert seen[0][3:] == (["redis.eval", "redis.eval", "users.find_by_email"], [True], 2)
+        assert seen[0][3:] == (
+            ["redis.eval", "redis.exists", "redis.eval", "users.find_by_email"],
+            [True],
+            2,
+        )
         assert all(each == seen[0] for each in seen)
         # The same when they have to wait, of one that is there and of one that is not.
         waits = []
@@ -1000,6 +1046,93 @@ def test_an_api_key_cannot_log_out(run: Run) -> None:
     run(test)
 
 
+# ---- callers who hang up
+
+
+def hang_up_at(at: int, worker: Worker) -> HangUp:
+    stores = ("_users", "_refresh_tokens", "_revocations", "_hashing", "_delays")
+    return HangUp(at, *((worker.auth, name) for name in stores))
+
+
+@pytest.mark.parametrize("all_logins", [False, True])
+def test_a_logout_ends_whenever_its_caller_hangs_up(
+    run: Run, caplog: pytest.LogCaptureFixture, all_logins: bool
+) -> None:
+    caplog.set_level(logging.INFO, "lucid.audit")
+
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        for at in itertools.count(1):
+            wallet = Wallet.generate()
+            pairs = [await worker.login(wallet) for worker in (a, b)]
+            caplog.clear()
+            hang_up = hang_up_at(at, a)
+            logout = a.auth.logout(a.judge(pairs[0].access_token), all_logins, CALLER)
+            hung_up = await hang_up(logout, a.auth)
+            for pair in pairs if all_logins else pairs[:1]:
+                for worker in (a, b):
+                    assert worker.judge(pair.access_token) is ErrorCode.BAD_CREDENTIAL
+                await refused(ErrorCode.BAD_CREDENTIAL, b.auth.refresh(pair.refresh_token, CALLER))
+            assert audited(caplog) == ["revocation"]
+            if not hung_up:
+                break
+        more = ["find_by_id", "update", "revoke_user"] if all_logins else []
+        assert hang_up.calls == ["revoke_family", *more, "revoke"]
+
+    run(test)
+
+
+@pytest.mark.parametrize("why", ["reused", "deleted"])
+def test_a_family_ends_whenever_its_caller_hangs_up(run: Run, why: str) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        for at in itertools.count(1):
+            pair = await a.login(Wallet.generate())
+            token, calls = pair.access_token, ["find_family"]
+            if why == "reused":
+                token = (await a.auth.refresh(pair.refresh_token, CALLER)).access_token
+            else:
+                await a.users.delete(pair.user.user_id, revoke_tokens_at=a._utc_now())
+                calls.append("find_by_id")
+            hang_up = hang_up_at(at, a)
+            hung_up = await hang_up(a.auth.refresh(pair.refresh_token, CALLER), a.auth)
+            # Whoever leaves before it is found out has done nothing.
+            dead = at > len(calls)
+            assert await living_families(a, pair.user.user_id) == (0 if dead else 1)
+            for worker in (a, b):
+                assert (worker.judge(token) is ErrorCode.BAD_CREDENTIAL) is dead
+            if not hung_up:
+                break
+        assert hang_up.calls == [*calls, "revoke_family", "revoke"]
+
+    run(test)
+
+
+@pytest.mark.parametrize("password", [PASSWORD, "wrong"])
+def test_a_guess_is_judged_and_recorded_whenever_its_caller_hangs_up(
+    run: Run, caplog: pytest.LogCaptureFixture, password: str
+) -> None:
+    caplog.set_level(logging.INFO, "lucid.audit")
+
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        for at in itertools.count(1):
+            await register(a, f"user{at}@example.org")
+            await a.redis.flushall()
+            caplog.clear()
+            hang_up = hang_up_at(at, a)
+            login = a.auth.login_with_password(f"user{at}@example.org", password, CALLER)
+            hung_up = await hang_up(login, a.auth)
+            # Whoever leaves before it is known whether there is a wait has guessed nothing.
+            told = "login" if password == PASSWORD else "login_failed"
+            assert audited(caplog) == ([] if at == 1 else [told])
+            counts = await a.redis.keys("lucid:login_failures:*")
+            assert len(counts) == (2 if password != PASSWORD and at > 1 else 0)
+            if not hung_up:
+                break
+        more = ["start_family", "update", "succeeded"] if password == PASSWORD else []
+        assert hang_up.calls == ["admit", "find_by_email", "verify", *more]
+
+    run(test)
+
+
 # ---- verify, status, API keys
 
 
@@ -1098,7 +1231,7 @@ def test_a_flood_of_api_keys_keeps_few_connections_busy(run: Run) -> None:
         same = await asyncio.gather(*(a.auth.look_up_api_key(bytes(32)) for _ in range(500)))
         assert (set(same), calls) == ({ErrorCode.BAD_CREDENTIAL}, 1)
         outcomes = Counter(
-            await asyncio.gather(*(outcome(a.auth.look_up_api_key(b"%032d" % n)) for n in range(500)))
+            await asyncio.gather(*(outcome(a.auth.look_up_api_key(b"%032d" % n, f"{n}")) for n in range(500)))
         )
         assert outcomes == {
             ErrorCode.BAD_CREDENTIAL: MOST_AT_ONCE + MOST_WAITING,
@@ -1178,6 +1311,7 @@ def test_a_token_under_a_new_key_is_verified_with_the_keys_of_now(run: Run) -> N
         verify = b.memory._verify
         b.memory._verify = lambda token: verify(token) if known else None
         assert await b.auth.verify(pair.access_token) == TokenReport(active=False)  # nobody can be asked
+        fleet.now += 6  # a refusal is remembered for five seconds
         b.auth._fetch_keys = fetch_keys
         reports = await asyncio.gather(*(b.auth.verify(pair.access_token) for _ in range(20)))
         assert {report.active for report in reports} == {True}
@@ -1203,9 +1337,9 @@ def test_without_redis_or_mongodb(
             pair = await a.login(wallet)
             no_redis = Worker(fleet, uri, "redis://127.0.0.1:9/0")
             no_mongo = Worker(fleet, "mongodb://127.0.0.1:9/x", redis_server.uri)
-            error = await refused(away, no_redis.auth.challenge(wallet.address))
+            error = await refused(away, no_redis.auth.challenge(wallet.address, CALLER))
             assert error.details == {"dependency": "redis"}
-            challenge = await a.auth.challenge(wallet.address)
+            challenge = await a.auth.challenge(wallet.address, CALLER)
             signed = wallet.sign(challenge.message)
             login = (wallet.address, signed, challenge.message, None, CALLER)
             await refused(away, no_redis.auth.login_with_wallet(*login))
@@ -1241,7 +1375,7 @@ def test_the_audit_log_tells_events_and_no_secret(run: Run, caplog: pytest.LogCa
     async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
         wallet = Wallet.generate()
         caller = Caller("192.0.2.9", "r-9", token="x.bearer.x")
-        challenge = await a.auth.challenge(wallet.address)
+        challenge = await a.auth.challenge(wallet.address, CALLER)
         signed = wallet.sign(challenge.message)
         await outcome(
             a.auth.login_with_wallet(

@@ -1,6 +1,7 @@
 """Logins whose tokens the authentication cluster issues: a real one over HTTP, two workers, real stores."""
 
 import asyncio
+import itertools
 import json
 import logging
 from collections import Counter
@@ -19,6 +20,7 @@ from lucid.services.auth_service import Caller, TokenPair, TokenReport
 from lucid.services.look_ups import MOST_AT_ONCE, MOST_WAITING
 from lucid.services.revocations import of_user
 from tests.support.auth_cluster import ISSUER, AuthClusterServer, answering, lying
+from tests.support.hang_ups import HangUp
 from tests.support.servers import Reply
 from tests.support.stores import MongoChild, RedisChild
 from tests.support.wallet import Wallet
@@ -92,7 +94,7 @@ def test_a_login_passes_the_clusters_tokens_through(run: Run) -> None:
     async def test(world: World) -> None:
         wallet = Wallet.generate(ledger=True)
         world.server.roles[wallet.address] = "node_operator"
-        challenge = await world.a.auth.challenge(wallet.address)
+        challenge = await world.a.auth.challenge(wallet.address, CALLER)
         signed = wallet.sign(challenge.message)
         # What the device says of itself goes on as it came; what is stored here is in composed form.
         device = HardwareWalletText("ledger", "cafe\u0301")
@@ -134,7 +136,7 @@ def test_a_login_passes_the_clusters_tokens_through(run: Run) -> None:
 def test_what_is_wrong_here_never_reaches_the_cluster(run: Run) -> None:
     async def test(world: World) -> None:
         wallet = Wallet.generate()
-        challenge = await world.a.auth.challenge(wallet.address)
+        challenge = await world.a.auth.challenge(wallet.address, CALLER)
         wrong = Wallet.generate().sign(challenge.message)
         await refused(
             ErrorCode.BAD_SIGNATURE,
@@ -156,7 +158,7 @@ def test_what_is_wrong_here_never_reaches_the_cluster(run: Run) -> None:
 def test_a_refusal_or_an_outage_there_spends_no_challenge(run: Run) -> None:
     async def test(world: World) -> None:
         wallet = Wallet.generate()
-        challenge = await world.a.auth.challenge(wallet.address)
+        challenge = await world.a.auth.challenge(wallet.address, CALLER)
         login = (wallet.address, wallet.sign(challenge.message), challenge.message, None, CALLER)
         for fault, code in (
             (answering(401), ErrorCode.BAD_CREDENTIAL),
@@ -180,7 +182,7 @@ def test_a_refusal_or_an_outage_there_spends_no_challenge(run: Run) -> None:
 def test_a_challenge_is_good_once_here_too(run: Run) -> None:
     async def test(world: World) -> None:
         wallet = Wallet.generate()
-        challenge = await world.a.auth.challenge(wallet.address)
+        challenge = await world.a.auth.challenge(wallet.address, CALLER)
         login = (wallet.address, wallet.sign(challenge.message), challenge.message, None, CALLER)
         outcomes = await asyncio.gather(
             *(outcome(worker.auth.login_with_wallet(*login)) for worker in (world.a, world.b) * 3)
@@ -261,13 +263,17 @@ def test_a_refresh_is_the_clusters_and_is_charged_to_whoever_is_known(run: Run) 
         world.server.fault = lying(user=None)
         newest = await world.b.auth.refresh(newer.refresh_token, CALLER)
         assert newest.user is None
-        # Where nobody knows, it counts for the address.
-        last = await world.a.auth.refresh(newest.refresh_token, CALLER)
-        assert world.fleet.charged[2:] == [("refresh", user_id), ("login", CALLER.address)]
+        # The other worker learns it from the token that the cluster has just given.
+        newest = await world.a.auth.refresh(newest.refresh_token, CALLER)
+        assert world.fleet.charged[2:] == [("refresh", user_id)] * 2
+        # Where neither the answer nor the token tells, it counts for the address.
+        world.server.fault = lying(access_token="opaque", user=None)
+        last = await world.b.auth.refresh(newest.refresh_token, CALLER)
+        assert world.fleet.charged[4:] == [("login", CALLER.address)]
         world.server.fault = None
         await refused(ErrorCode.BAD_CREDENTIAL, world.b.auth.refresh("unknown", CALLER))
         await refused(ErrorCode.BAD_CREDENTIAL, world.b.auth.refresh(pair.refresh_token, CALLER))
-        assert world.fleet.charged[4:] == [("login", CALLER.address)] * 2
+        assert world.fleet.charged[5:] == [("login", CALLER.address)] * 2
         # That was a spent one: the cluster has ended the login.
         await refused(ErrorCode.BAD_CREDENTIAL, world.a.auth.refresh(last.refresh_token, CALLER))
 
@@ -392,6 +398,34 @@ def test_a_logout_that_failed_there_can_be_tried_again(run: Run) -> None:
     run(test)
 
 
+def test_a_logout_ends_here_too_whenever_its_caller_hangs_up(run: Run) -> None:
+    async def test(world: World) -> None:
+        auth, logins = world.a.auth, world.a.auth._cluster_logins
+        for at in itertools.count(1):
+            wallet = Wallet.generate()
+            pair, other = await world.a.login(wallet), await world.b.login(wallet)
+            for each in (pair, other):
+                assert isinstance(await world.principal(world.b, each.access_token), Principal)
+            principal = await world.principal(world.a, pair.access_token)
+            world.server.received.clear()
+            hang_up = HangUp(
+                at, *((logins, name) for name in ("_cluster", "_revocations", "_refresh_tokens"))
+            )
+            logout = auth.logout(principal, True, world.a.caller(pair))
+            hung_up = await hang_up(logout, auth)
+            assert world.asked("logout") == [{"all_logins": True}]
+            for each in (pair, other):
+                assert world.b.judge(each.access_token) is ErrorCode.BAD_CREDENTIAL
+            word = await world.a.refresh_tokens.revoked_since(world.a._utc_now())
+            assert principal.family in [family for family, *_ in word.families]
+            assert principal.user_id in [user for user, _ in word.users]
+            if not hung_up:
+                break
+        assert hang_up.calls == ["logout", "revoke", "revoke_family", "revoke_user"]
+
+    run(test)
+
+
 def test_a_token_minted_here_is_logged_out_here(run: Run) -> None:
     async def test(world: World) -> None:
         minted = world.a.auth._issuer.issue(
@@ -461,7 +495,8 @@ def test_look_ups_of_tokens_are_merged_and_few(run: Run) -> None:
         assert all(isinstance(answer, Principal) for answer in answers)
 
         bad = [world.server.token(Wallet.generate().address, exp=1_000 + n) for n in range(120)]
-        outcomes = Counter(await asyncio.gather(*(outcome(world.a.auth.look_up_token(each)) for each in bad)))
+        look_ups = (outcome(world.a.auth.look_up_token(each, f"{n}")) for n, each in enumerate(bad))
+        outcomes = Counter(await asyncio.gather(*look_ups))
         assert outcomes == {
             ErrorCode.BAD_CREDENTIAL: MOST_AT_ONCE + MOST_WAITING,
             ErrorCode.BACKEND_UNAVAILABLE: 120 - MOST_AT_ONCE - MOST_WAITING,
@@ -475,7 +510,7 @@ def test_the_audit_log_of_a_cluster_and_no_secret(run: Run, caplog: pytest.LogCa
 
     async def test(world: World) -> None:
         wallet = Wallet.generate()
-        challenge = await world.a.auth.challenge(wallet.address)
+        challenge = await world.a.auth.challenge(wallet.address, CALLER)
         signed = wallet.sign(challenge.message)
         login = (wallet.address, signed, challenge.message, None, CALLER)
         world.server.fault = answering(401)

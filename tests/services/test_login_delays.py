@@ -13,6 +13,7 @@ from lucid.services.login_delays import (
     FORGOTTEN_SECONDS,
     FREE_ACCOUNT_FAILURES,
     FREE_ADDRESS_FAILURES,
+    KNOWN_SECONDS,
     MOST_ACCOUNT_SECONDS,
     MOST_ADDRESS_SECONDS,
     Attempt,
@@ -157,6 +158,51 @@ def test_a_success_clears_the_account_and_gives_the_address_its_own_back(run: Ru
         for number in range(FREE_ADDRESS_FAILURES - 11 + 1):
             await world.fail(1, f"u{number}@example.org")
         assert await world.attempt("another@example.org") == 1
+
+    run(test)
+
+
+def test_guesses_from_elsewhere_keep_no_known_address_out(run: Run) -> None:
+    async def test(world: World) -> None:
+        right = await world.attempt(EMAIL, HERE)
+        assert isinstance(right, Attempt)
+        await world.workers[0].succeeded(right)
+        ttl = await world.redis.ttl(right.known_key)
+        assert KNOWN_SECONDS - 60 < ttl <= KNOWN_SECONDS
+        assert "ann" not in right.known_key
+        # Somebody takes each moment in which there is no wait, each time from another address.
+        number = 0
+        for _ in range(2):
+            for _ in range(40):
+                number += 1
+                world.now += MOST_ACCOUNT_SECONDS
+                await world.fail(1, EMAIL, f"203.0.{number}.1")
+            assert await world.attempt(EMAIL, THERE) == MOST_ACCOUNT_SECONDS
+            assert await world.attempt("bob@example.org", HERE) != MOST_ACCOUNT_SECONDS
+            right = await world.attempt(EMAIL.upper(), HERE)
+            assert isinstance(right, Attempt)
+            await world.workers[1].succeeded(right)
+            # And that sets nobody else free.
+            assert await world.attempt(EMAIL, THERE) == MOST_ACCOUNT_SECONDS
+
+    run(test)
+
+
+def test_a_known_address_waits_for_its_own_failures_and_for_that_account_only(run: Run) -> None:
+    async def test(world: World) -> None:
+        right = await world.attempt(EMAIL, "2001:db8:1:2::1")
+        assert isinstance(right, Attempt)
+        await world.workers[0].succeeded(right)
+        for wait in (*[0] * FREE_ACCOUNT_FAILURES, 0, 1, 2, 4, 8):
+            world.now += wait
+            await world.fail(1, EMAIL, "2001:db8:1:2::2")
+        assert await world.attempt(EMAIL, "2001:db8:1:2::3") == 16
+        # Its failures keep nobody else out.
+        await world.fail(FREE_ACCOUNT_FAILURES + 1, EMAIL, THERE)
+        assert await world.attempt(EMAIL, HERE) == 1
+        # Nor is it known to another account.
+        await world.fail(FREE_ACCOUNT_FAILURES + 1, "bob@example.org", THERE)
+        assert await world.attempt("bob@example.org", "2001:db8:1:2::1") == 1
 
     run(test)
 

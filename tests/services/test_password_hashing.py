@@ -1,6 +1,8 @@
 """Passwords beside the loop: how many at once, what is refused, what a caller who leaves takes along."""
 
 import asyncio
+import os
+import sys
 import threading
 from collections.abc import Awaitable, Callable
 
@@ -8,7 +10,7 @@ import pytest
 
 from lucid.core.security import passwords
 from lucid.errors import ErrorCode, GatewayError
-from lucid.services.password_hashing import MOST_AT_ONCE, MOST_WAITING, PasswordHashing
+from lucid.services.password_hashing import MOST_AT_ONCE, MOST_WAITING, NICE, PasswordHashing
 
 
 class Slow:
@@ -141,6 +143,71 @@ def test_an_error_of_the_hasher_is_its_callers_alone() -> None:
         with pytest.raises(ValueError, match="broken"):
             await hashing.hash("broken")
         assert await hashing.hash("good") == "hash of good"
+
+    run(test)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there alone a thread has a priority of its own")
+def test_its_threads_step_back_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asking(Slow):
+        def work(self) -> None:
+            self.stored.append(str(os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
+
+    async def main() -> None:
+        before = os.getpriority(os.PRIO_PROCESS, 0)
+        assert before < NICE
+        asking = Asking()
+        hashing = PasswordHashing(asking)
+        await asyncio.gather(*(hashing.hash("x") for _ in range(6)))
+        assert asking.stored == [str(NICE)] * 6
+        assert os.getpriority(os.PRIO_PROCESS, 0) == before
+        assert await asyncio.to_thread(lambda: os.getpriority(os.PRIO_PROCESS, 0)) == before
+
+        def refused(*_: int) -> None:
+            raise PermissionError
+
+        # Where that is forbidden, it is hashed all the same.
+        monkeypatch.setattr(os, "setpriority", refused)
+        assert await PasswordHashing(asking).hash("x") == "hash of x"
+        assert asking.stored[6] == str(before)
+
+    asyncio.run(main())
+
+
+def test_a_full_one_leaves_another_alone() -> None:
+    async def test(slow: Slow) -> None:
+        registrations, logins = PasswordHashing(slow, most_at_once=1, most_waiting=1), PasswordHashing(slow)
+        waiting = [asyncio.create_task(registrations.hash(str(number))) for number in range(2)]
+        await until(lambda: slow.begun == 1)
+        with pytest.raises(GatewayError):
+            await registrations.hash("too many")
+        login = asyncio.create_task(logins.verify("x", "y"))
+        await until(lambda: slow.begun == 2)
+        slow.go.set()
+        assert await login
+        assert await asyncio.gather(*waiting) == ["hash of 0", "hash of 1"]
+
+    run(test)
+
+
+def test_closing_lets_a_thread_finish_and_ends_it() -> None:
+    def threads() -> list[threading.Thread]:
+        return [each for each in threading.enumerate() if each.name.startswith("lucid-password")]
+
+    async def test(slow: Slow) -> None:
+        others = threads()
+        hashing = PasswordHashing(slow, most_at_once=1)
+        running = asyncio.create_task(hashing.hash("x"))
+        await until(lambda: slow.begun == 1)
+        mine = [each for each in threads() if each not in others]
+        assert len(mine) == 1
+        hashing.close()
+        hashing.close()
+        slow.go.set()
+        assert await running == "hash of x"
+        await until(lambda: not mine[0].is_alive())
+        with pytest.raises(RuntimeError):
+            await hashing.hash("y")
 
     run(test)
 

@@ -26,14 +26,16 @@ def test_challenges_and_revocations_on_a_cluster(monkeypatch: pytest.MonkeyPatch
         client = redis.asyncio.RedisCluster(host="127.0.0.1", port=port)
         challenges = Challenges(client, ORIGIN, fleet.wall_clock)
         address = Wallet.generate().address
+        first = await challenges.make(address, "192.0.2.1")
         made = []
         for _ in range(5):
             fleet.now += 0.01
-            made.append(await challenges.make(address))
+            made.append(await challenges.make(address, "2001:db8::1"))
         found = [await challenges.find(address, challenge.message) for challenge in made]
         assert found == [None, None] + [challenge.nonce for challenge in made[2:]]
         assert await challenges.spend(address, made[4].nonce)
         assert not await challenges.spend(address, made[4].nonce)
+        assert await challenges.spend(address, first.nonce)
 
         memory = TokenMemory(lambda _: ErrorCode.BAD_CREDENTIAL, fleet.wall_clock, 10)
         revocations = Revocations(client, memory, fleet.publish, fleet.wall_clock)

@@ -1,5 +1,6 @@
 import asyncio
 import datetime as dt
+import itertools
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
@@ -26,6 +27,7 @@ from tests.support.accounts import (
     principal_of,
     quick_hash,
 )
+from tests.support.hang_ups import HangUp, audited
 from tests.support.stores import MongoChild, RedisChild
 from tests.support.wallet import Wallet
 
@@ -318,7 +320,7 @@ listed         role:user           403   200   200            200    200        
 listed         role:admin          403   200   200            200    200          200     404
 listed         delete              204   204   204            204    204          204     404
 """
-# With an API key: nobody's credentials are changed.
+# With an API key: nobody's credentials are changed, and nobody's role.
 RULES_OF_KEYS = """
 caller         what                self  user  node_operator  admin  super_admin  listed  gone
 
@@ -333,7 +335,8 @@ super_admin    get                 200   200   200            200    200        
 super_admin    email               403   403   403            403    403          403     403
 super_admin    password            403   403   403            403    403          403     403
 super_admin    wallet              403   403   403            403    403          403     403
-super_admin    role:admin          403   200   200            200    200          200     404
+super_admin    role:user           403   403   403            403    403          403     403
+super_admin    role:admin          403   403   403            403    403          403     403
 super_admin    delete              403   204   204            204    204          204     404
 """
 
@@ -545,6 +548,14 @@ def test_a_change_is_whole_or_nothing(run: Run) -> None:
         new = {"password": NEW, "current_password": PASSWORD}
         error = await refused(change(world, user, email=other.email, **new, **proof), ErrorCode.CONFLICT)
         assert error.details == {"fields": ["email"]}
+        await refused(
+            change(world, user, email="new@example.org", **new, **{**proof, "signature": "00" * 65}),
+            ErrorCode.BAD_SIGNATURE,
+        )
+        assert await bad(change(world, user, email=other.email, password=NEW, **proof)) == "current_password"
+        # What cannot be is told before anything is hashed, and is no guess.
+        assert world.hasher.verified == []
+        assert await world.redis.keys("lucid:login_failures:*") == []
         await refused(
             change(world, user, email="new@example.org", password=NEW, current_password="x", **proof),
             ErrorCode.BAD_CREDENTIAL,
@@ -924,6 +935,56 @@ def test_a_caller_who_leaves_interrupts_nothing(run: Run, what: str) -> None:
     run(test)
 
 
+def test_a_guess_is_recorded_whenever_its_caller_leaves(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "lucid.audit")
+
+    async def test(world: Accounts) -> None:
+        service = world.service
+        for at in itertools.count(1):
+            user = await world.add()
+            caplog.clear()
+            hang_up = HangUp(at, (service, "_delays"), (service, "_passwords"))
+            call = change(world, user, password=NEW, current_password="a guess")
+            hung_up = await hang_up(call, service)
+            # Whoever leaves before anybody looks at the password has guessed nothing.
+            assert audited(caplog) == ([] if at == 1 else ["password_change_failed"])
+            if not hung_up:
+                break
+        assert hang_up.calls == ["admit", "verify"]
+        user = await world.add()
+        right = change(world, user, password=NEW, current_password=PASSWORD)
+        hang_up = HangUp(3, (service, "_delays"), (service, "_passwords"))
+        assert await hang_up(right, service)
+        assert hang_up.calls == ["admit", "verify", "succeeded"]
+        assert await world.stored(user.user_id) == user
+        guess = world.login(user)
+        assert world.judge(guess).user_id == user.user_id
+
+    run(test)
+
+
+def test_a_registration_is_recorded_whenever_its_caller_leaves(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "lucid.audit")
+
+    async def test(world: Accounts) -> None:
+        service = world.service
+        for at in itertools.count(1):
+            email = f"new{at}@example.org"
+            caplog.clear()
+            hang_up = HangUp(at, (service, "_users"), (service, "_passwords"))
+            hung_up = await hang_up(service.register(email, NEW, CALLER), service)
+            made = await world.users.find_by_email(email) is not None
+            assert audited(caplog) == (["user_created"] if made else [])
+            assert made is (at > 2)
+            if not hung_up:
+                break
+        assert hang_up.calls == ["find_by_email", "hash", "create"]
+
+    run(test)
+
+
 # ---- deleting
 
 
@@ -994,7 +1055,7 @@ def test_the_audit_log_tells_what_changed_and_no_secret(run: Run, caplog: pytest
         view = await world.service.register("ann@example.org", NEW, caller)
         user = await world.stored(view.user_id)
         ids["user"] = user.user_id
-        me, admin = world.principal(user), principal_of("x", Role.ADMIN, "api_key")
+        me, admin = world.principal(user), principal_of("x", Role.ADMIN)
         await update(user, admin, role="node_operator")
         with pytest.raises(GatewayError):
             await update(user, me, password=PASSWORD, current_password="a wrong one")
@@ -1003,6 +1064,9 @@ def test_the_audit_log_tells_what_changed_and_no_secret(run: Run, caplog: pytest
         with pytest.raises(GatewayError):
             await update(user, me, role="admin")
         await world.service.delete("me", me, caller)
+        other = await world.add()
+        ids["other"] = other.user_id
+        await world.service.delete(other.user_id, principal_of("x", Role.ADMIN, "api_key"), caller)
 
     with caplog.at_level(logging.INFO):
         run(test, admins=frozenset({wallet.address}))
@@ -1016,7 +1080,7 @@ def test_the_audit_log_tells_what_changed_and_no_secret(run: Run, caplog: pytest
             "event": "role_changed",
             **common,
             "by": "x",
-            "via": "api_key",
+            "via": "token",
             "from": "user",
             "to": "node_operator",
         },
@@ -1032,6 +1096,7 @@ def test_the_audit_log_tells_what_changed_and_no_secret(run: Run, caplog: pytest
         {"event": "email_changed", **own},
         {"event": "wallet_changed", **own},
         {"event": "user_deleted", **own},
+        {"event": "user_deleted", **common, "user_id": ids["other"], "by": "x", "via": "api_key"},
     ]
     everything = repr([record.__dict__ for record in caplog.records])
     for secret in (NEW, PASSWORD, "a wrong one", "example.org", quick_hash(NEW), wallet.address):

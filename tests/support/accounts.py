@@ -186,7 +186,7 @@ class Accounts:
 
     async def wallet_proof(self, wallet: Wallet) -> dict[str, str]:
         """The fields that prove `wallet` to be one's own."""
-        challenge = await self.challenges.make(wallet.address)
+        challenge = await self.challenges.make(wallet.address, CALLER.address)
         return {
             "tron_address": wallet.address,
             "signature": wallet.sign(challenge.message),

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from lucid.core.validation import email_key
 from lucid.database.documents import (
     ApiKeyDocument,
     FamilyDocument,
@@ -19,7 +20,6 @@ from lucid.database.documents import (
     RevokedLogins,
     SessionDocument,
     UserDocument,
-    email_key,
     milliseconds,
     utc_now,
 )

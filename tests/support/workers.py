@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import httpx
 import msgspec
 import redis.asyncio
 
@@ -23,7 +24,7 @@ from lucid.database.indexes import Indexes
 from lucid.database.refresh_token_repository import RefreshTokenRepository
 from lucid.database.user_repository import UserRepository
 from lucid.errors import ErrorCode, GatewayError
-from lucid.services.auth_cluster import AuthCluster, open_client
+from lucid.services.auth_cluster import AuthCluster
 from lucid.services.auth_service import AuthService, Caller, TokenPair
 from lucid.services.challenges import Challenges
 from lucid.services.login_delays import LoginDelays
@@ -142,7 +143,9 @@ class Worker:
                 Balancer("auth-service", [self.pool], time.monotonic), None, time.monotonic
             )
             self.cluster = AuthCluster(
-                open_client(transport, cluster.url), issuers=issuers, wall_clock=fleet.wall_clock
+                httpx.AsyncClient(transport=transport, base_url=cluster.url, trust_env=False),
+                issuers=issuers,
+                wall_clock=fleet.wall_clock,
             )
         self.auth = AuthService(
             users=self.users,
@@ -167,7 +170,7 @@ class Worker:
             api_keys=self.api_keys,
             revocations=self.revocations,
             challenges=self.challenges,
-            passwords=self.hashing,
+            passwords=PasswordHashing(self.hasher, most_at_once=1, most_waiting=16),
             delays=self.delays,
             admin_addresses=admins,
             wall_clock=fleet.wall_clock,
@@ -175,7 +178,7 @@ class Worker:
         )
 
     async def login(self, wallet: Wallet) -> TokenPair:
-        challenge = await self.auth.challenge(wallet.address)
+        challenge = await self.auth.challenge(wallet.address, CALLER)
         return await self.auth.login_with_wallet(
             wallet.address, wallet.sign(challenge.message), challenge.message, None, CALLER
         )

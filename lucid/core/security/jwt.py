@@ -8,7 +8,6 @@ public key used as a secret), and the claims must have their exact types.
 
 import base64
 import binascii
-import json
 import re
 import time
 from collections.abc import Callable, Collection
@@ -16,22 +15,16 @@ from typing import Any, Final, Literal
 
 import jwt
 import msgspec
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 from jwt.algorithms import get_default_algorithms
 
 from lucid.core.exchange import ROLES, Principal, Role
 from lucid.core.security import nonces
+from lucid.core.security.key_material import jwks_keys, signing_key, verification_keys
 from lucid.core.security.roles import TIERS
 from lucid.errors import ErrorCode, GatewayError
 from lucid.settings import TokenSettings
 
 MAX_TOKEN_BYTES: Final = 4_096
-MIN_SECRET_BYTES: Final = 32
-"""RFC 7518, 3.2: an HS256 key has at least the size of its hash."""
-MIN_RSA_BITS: Final = 2_048
-"""RFC 7518, 3.3."""
-MAX_JWKS_KEYS: Final = 32
 LONGEST_LIFE_MINUTES: Final = 366 * 24 * 60
 """Of a token minted by hand, the longest there is. Revoking all tokens of a user must last as long."""
 
@@ -45,19 +38,11 @@ FARTHEST_MOMENT_SECONDS: Final = 30.0
 clocks that differ. A foreign id of that form is believed no further.
 """
 
+NAME: Final = re.compile(r"[\x21-\x7e]{1,128}")
+"""`sub` goes into X-User-Id and into Redis keys, `sid` and `jti` into channel messages: visible ASCII, bounded."""
+
 _COMPACT: Final = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)\.([A-Za-z0-9_-]+)")
-# sub goes into X-User-Id and into Redis keys, sid and jti into channel messages: visible ASCII, bounded.
-_NAME: Final = re.compile(r"[\x21-\x7e]{1,128}")
 _NEWEST_SECONDS: Final = float(2**53)
-
-
-class KeyMaterialError(ValueError):
-    """Key material that cannot be used. `field` is the environment's name for it; no key is in the text."""
-
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"{field}: {reason}")
-        self.field = field
-        self.reason = reason
 
 
 class IssuedToken(msgspec.Struct, frozen=True):
@@ -93,6 +78,20 @@ class _Claims(msgspec.Struct):
     nbf: int | float = 0
 
 
+class Claimed(msgspec.Struct, frozen=True):
+    """What a token says of itself; nobody has verified it, and all but `iss` may be of any type."""
+
+    iss: str
+    sub: Any = None
+    sid: Any = None
+    jti: Any = None
+    iat: Any = None
+
+
+class _Named(msgspec.Struct):
+    alg: str
+
+
 class TokenIssuer:
     """Signs access tokens with the configured secret or private key.
 
@@ -102,12 +101,7 @@ class TokenIssuer:
 
     def __init__(self, settings: TokenSettings) -> None:
         self._settings = settings
-        self._key: Any = None
-        if settings.algorithm == "HS256":
-            if settings.secret_key:
-                self._key = _secret("JWT_SECRET_KEY", settings.secret_key)
-        elif settings.private_key:
-            self._key = _private_key("JWT_PRIVATE_KEY", settings.private_key, settings.algorithm)
+        self._key = signing_key(settings)
 
     @property
     def can_issue(self) -> bool:
@@ -142,7 +136,7 @@ class TokenIssuer:
                 ErrorCode.NOT_IMPLEMENTED,
                 "This gateway holds keys that verify tokens only; it cannot issue any",
             )
-        if _NAME.fullmatch(user_id) is None or _NAME.fullmatch(family) is None:
+        if NAME.fullmatch(user_id) is None or NAME.fullmatch(family) is None:
             raise ValueError("a user id must be 1 to 128 characters of visible ASCII")
         if minutes is not None and not 1 <= minutes <= LONGEST_LIFE_MINUTES:
             raise ValueError(f"a token lives 1 to {LONGEST_LIFE_MINUTES} minutes, not {minutes}")
@@ -188,7 +182,7 @@ class TokenVerifier:
         self._may_fetch = may_fetch
         self._wall_clock = wall_clock
         self._algorithm = get_default_algorithms()[settings.algorithm]
-        self._fixed = _verification_keys(settings)
+        self._fixed = verification_keys(settings)
         self._keys: tuple[tuple[str, Any], ...] = self._fixed
         self._decode_header = msgspec.json.Decoder(_Header).decode
         self._decode_claims = msgspec.json.Decoder(_Claims).decode
@@ -200,7 +194,7 @@ class TokenVerifier:
         for a text that is no JWK set or has no usable key: the keys held so far stay. Call
         `TokenMemory.forget` afterwards.
         """
-        usable = _jwks_keys(document, self._settings.algorithm)
+        usable = jwks_keys(document, self._settings.algorithm)
         self._keys = (*self._fixed, *usable)
         return len(usable)
 
@@ -255,9 +249,9 @@ class TokenVerifier:
             role is None
             or claims.iss != settings.issuer
             or settings.audience not in audience
-            or _NAME.fullmatch(claims.sub) is None
-            or _NAME.fullmatch(claims.sid) is None
-            or _NAME.fullmatch(claims.jti) is None
+            or NAME.fullmatch(claims.sub) is None
+            or NAME.fullmatch(claims.sid) is None
+            or NAME.fullmatch(claims.jti) is None
             or not (0 <= claims.iat <= now + settings.leeway_seconds)
             or not (0 <= claims.nbf <= now + settings.leeway_seconds)
             or not (claims.iat < claims.exp < _NEWEST_SECONDS)
@@ -287,34 +281,29 @@ def moment_of(token_id: str, issued_at: float) -> float:
     return float(issued_at)
 
 
-class _Issuer(msgspec.Struct):
-    iss: str = ""
+_decode_named = msgspec.json.Decoder(_Named).decode
+_decode_claimed = msgspec.json.Decoder(Claimed).decode
 
 
-_decode_issuer = msgspec.json.Decoder(_Issuer).decode
+def claimed(token: str) -> Claimed | None:
+    """What a compact JWS (RFC 7515, 3.1) claims, unverified; None for all that is none or names no issuer.
+
+    Never raises. Says who is to be asked about the token, nothing about whether it is good: the signature is not read.
+    """
+    parts = _COMPACT.fullmatch(token) if len(token) <= MAX_TOKEN_BYTES else None
+    if parts is None:
+        return None
+    try:
+        _decode_named(_from_base64url(parts[1]))
+        return _decode_claimed(_from_base64url(parts[2]))
+    except (ValueError, msgspec.DecodeError, RecursionError):
+        return None
 
 
 def issuer_of(token: str) -> str:
     """The `iss` that a token claims, not verified; empty for what is no token or names none."""
-    if len(token) > MAX_TOKEN_BYTES:
-        return ""
-    parts = _COMPACT.fullmatch(token)
-    try:
-        return "" if parts is None else _decode_issuer(_from_base64url(parts[2])).iss
-    except (ValueError, msgspec.DecodeError, RecursionError):
-        return ""
-
-
-def key_faults(settings: TokenSettings) -> list[KeyMaterialError]:
-    """What is wrong with the key material, for the settings' own check; empty when it can be used."""
-    faults: list[KeyMaterialError] = []
-    for make in (TokenIssuer, TokenVerifier):
-        try:
-            make(settings)
-        except KeyMaterialError as fault:
-            if str(fault) not in [str(known) for known in faults]:
-                faults.append(fault)
-    return faults
+    told = claimed(token)
+    return "" if told is None else told.iss
 
 
 def _from_base64url(text: str) -> bytes:
@@ -326,101 +315,3 @@ def _from_base64url(text: str) -> bytes:
     if base64.urlsafe_b64encode(raw).rstrip(b"=") != text.encode("ascii"):
         raise binascii.Error("not canonical")
     return raw
-
-
-def _verification_keys(settings: TokenSettings) -> tuple[tuple[str, Any], ...]:
-    """Every configured key that verifies, the current one first, each with an empty key id."""
-    algorithm = settings.algorithm
-    keys: list[Any] = []
-    if algorithm == "HS256":
-        if settings.jwks_url:
-            raise KeyMaterialError(
-                "JWKS_URL", "must be empty with JWT_ALGORITHM=HS256, whose keys are secrets"
-            )
-        if settings.secret_key:
-            keys.append(_secret("JWT_SECRET_KEY", settings.secret_key))
-        keys += [_secret("JWT_PREVIOUS_KEYS", text) for text in settings.previous_keys]
-    else:
-        if settings.private_key:
-            keys.append(_private_key("JWT_PRIVATE_KEY", settings.private_key, algorithm).public_key())
-        if settings.public_key:
-            keys.append(_public_key("JWT_PUBLIC_KEY", settings.public_key, algorithm))
-        keys += [_public_key("JWT_PREVIOUS_KEYS", text, algorithm) for text in settings.previous_keys]
-    if not keys and not settings.jwks_url:
-        wanted = "JWT_SECRET_KEY" if algorithm == "HS256" else "JWT_PRIVATE_KEY"
-        raise KeyMaterialError(wanted, f"must be given: no key for {algorithm}")
-    return tuple(("", key) for key in keys)
-
-
-def _secret(field: str, text: str) -> bytes:
-    secret = text.encode("utf-8")
-    if len(secret) < MIN_SECRET_BYTES:
-        raise KeyMaterialError(field, f"must have at least {MIN_SECRET_BYTES} bytes")
-    if b"-----BEGIN " in secret:
-        raise KeyMaterialError(field, "must be a secret with HS256, not a key file")
-    return secret
-
-
-def _pem(text: str) -> bytes:
-    # Environments that hold one line per variable carry a PEM with its line ends escaped.
-    return text.replace("\\n", "\n").strip().encode("utf-8")
-
-
-def _private_key(field: str, text: str, algorithm: str) -> Any:
-    try:
-        key = load_pem_private_key(_pem(text), password=None)
-    except (ValueError, TypeError) as error:
-        raise KeyMaterialError(field, "must be an unencrypted private key in PEM") from error
-    _check_kind(field, key.public_key(), algorithm)
-    return key
-
-
-def _public_key(field: str, text: str, algorithm: str) -> Any:
-    try:
-        key = load_pem_public_key(_pem(text))
-    except ValueError as error:
-        raise KeyMaterialError(field, "must be a public key in PEM") from error
-    _check_kind(field, key, algorithm)
-    return key
-
-
-def _check_kind(field: str, key: Any, algorithm: str) -> None:
-    """Raises `KeyMaterialError` unless this public key is one for `algorithm` (RFC 7518, 3.3 and 3.4; RFC
-    8037, 3.1).
-    """
-    if algorithm == "RS256":
-        if not isinstance(key, rsa.RSAPublicKey) or key.key_size < MIN_RSA_BITS:
-            raise KeyMaterialError(field, f"must be an RSA key of at least {MIN_RSA_BITS} bits for RS256")
-    elif algorithm == "ES256":
-        if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
-            raise KeyMaterialError(field, "must be a key on the curve P-256 for ES256")
-    elif not isinstance(key, ed25519.Ed25519PublicKey):
-        raise KeyMaterialError(field, "must be an Ed25519 key for EdDSA")
-
-
-_KEY_TYPES: Final = {"RS256": "RSA", "ES256": "EC", "EdDSA": "OKP"}
-
-
-def _jwks_keys(document: bytes, algorithm: str) -> tuple[tuple[str, Any], ...]:
-    try:
-        entries = json.loads(document)["keys"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise KeyMaterialError("JWKS_URL", "did not answer with a JWK set") from error
-    if not isinstance(entries, list) or len(entries) > MAX_JWKS_KEYS:
-        raise KeyMaterialError("JWKS_URL", f"must answer with at most {MAX_JWKS_KEYS} keys")
-    usable: list[tuple[str, Any]] = []
-    for entry in entries:
-        if not isinstance(entry, dict) or entry.get("kty") != _KEY_TYPES.get(algorithm):
-            continue
-        if entry.get("use", "sig") != "sig" or entry.get("alg", algorithm) != algorithm or "d" in entry:
-            continue
-        try:
-            key = jwt.PyJWK(entry, algorithm=algorithm).key
-            _check_kind("JWKS_URL", key, algorithm)
-        except (jwt.PyJWTError, ValueError, TypeError):
-            continue
-        name = entry.get("kid", "")
-        usable.append((name if isinstance(name, str) else "", key))
-    if not usable:
-        raise KeyMaterialError("JWKS_URL", f"answered with no usable key for {algorithm}")
-    return tuple(usable)
