@@ -14,12 +14,11 @@ from lucid.core.exchange import Principal, Role
 from lucid.core.rules.tokens import TokenMemory
 from lucid.core.security.jwt import TokenIssuer, TokenVerifier
 from lucid.services.auth_service import AuthService
+from lucid.services.callers import Caller
 from lucid.services.challenges import Challenges
-from lucid.services.login_types import Caller
 from lucid.services.revocations import Revocations
 from lucid.settings import TokenSettings
 from tests.support.fake_repositories import (
-    FakeApiKeyRepository,
     FakeRefreshTokenRepository,
     FakeUserRepository,
 )
@@ -76,13 +75,11 @@ async def wallet_logins(count: int) -> tuple[float, float]:
     service = AuthService(
         users=cast("Any", FakeUserRepository()),
         refresh_tokens=cast("Any", FakeRefreshTokenRepository()),
-        api_keys=cast("Any", FakeApiKeyRepository()),
         challenges=Challenges(redis, "https://gateway.example", time.time),
         revocations=Revocations(redis, memory, publish, time.time),
         hashing=cast("Any", None),
         delays=cast("Any", None),
         issuer=TokenIssuer(SETTINGS),
-        memory=memory,
         settings=SETTINGS,
         admin_addresses=frozenset(),
         charge=charge,

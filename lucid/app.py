@@ -24,7 +24,6 @@ from sanic import Sanic
 from lucid import logs
 from lucid.blueprints import access, answers, auth, docs, health, meta, rate_limits, sessions, users
 from lucid.blueprints import api_keys as api_keys_routes
-from lucid.core.exchange import LookUp, Principal
 from lucid.core.gateway import Gateway
 from lucid.core.policy import Policy
 from lucid.core.rules.addresses import TrustedProxies
@@ -50,12 +49,13 @@ from lucid.database.indexes import Indexes
 from lucid.database.refresh_token_repository import RefreshTokenRepository
 from lucid.database.session_repository import SessionRepository
 from lucid.database.user_repository import UserRepository
-from lucid.errors import ErrorCode
 from lucid.openapi import document
 from lucid.services.api_key_service import ApiKeyService
 from lucid.services.auth_cluster import AuthCluster
 from lucid.services.auth_service import AuthService
 from lucid.services.challenges import Challenges
+from lucid.services.cluster_logins import ClusterLogins
+from lucid.services.credentials import Credentials
 from lucid.services.login_delays import LoginDelays
 from lucid.services.password_hashing import PasswordHashing
 from lucid.services.rate_limit_service import RateLimitService
@@ -65,6 +65,7 @@ from lucid.services.session_outbox import SessionOutbox
 from lucid.services.session_service import SessionService
 from lucid.services.signing_keys import SigningKeys
 from lucid.services.unbroken import Unbroken
+from lucid.services.user_proofs import UserProofs
 from lucid.services.user_service import UserService
 from lucid.settings import BackendSettings, Settings
 from lucid.settings.limits import named_limits
@@ -142,22 +143,45 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
     # Apart, so that a flood of registrations keeps nobody from logging in.
     hashing, hashing_anew = PasswordHashing(), PasswordHashing(most_at_once=1, most_waiting=16)
     cluster = _auth_cluster(settings, auth_balancer, auth_breaker)
+    credentials = Credentials(
+        users=accounts,
+        api_keys=api_keys,
+        memory=tokens,
+        settings=settings.tokens,
+        admin_addresses=admins,
+        cluster=cluster,
+        fetch_keys=signing_keys.load_for_unknown if settings.tokens.jwks_url else None,
+        remembered=keys,
+    )
+    cluster_logins = None
+    if cluster is not None:
+        cluster_logins = ClusterLogins(
+            cluster,
+            users=accounts,
+            refresh_tokens=logins,
+            challenges=challenges,
+            revocations=revocations,
+            charge=rate_limit_service.charge,
+        )
     auth_service = AuthService(
         users=accounts,
         refresh_tokens=logins,
-        api_keys=api_keys,
         challenges=challenges,
         revocations=revocations,
         hashing=hashing,
         delays=delays,
         issuer=TokenIssuer(settings.tokens),
-        memory=tokens,
         settings=settings.tokens,
         admin_addresses=admins,
         charge=rate_limit_service.charge,
-        cluster=cluster,
-        fetch_keys=signing_keys.load_for_unknown if settings.tokens.jwks_url else None,
-        remembered=keys,
+        cluster=cluster_logins,
+        unbroken=unbroken,
+    )
+    proofs = UserProofs(
+        users=accounts,
+        challenges=challenges,
+        passwords=hashing_anew,
+        delays=delays,
         unbroken=unbroken,
     )
     user_service = UserService(
@@ -165,10 +189,9 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
         refresh_tokens=logins,
         api_keys=api_keys,
         revocations=revocations,
-        challenges=challenges,
+        proofs=proofs,
         passwords=hashing_anew,
         unbroken=unbroken,
-        delays=delays,
         admin_addresses=admins,
         wall_clock=time.time,
         registration=cluster is None,
@@ -195,11 +218,6 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
         monotonic=time.monotonic,
     )
 
-    async def look_up(need: LookUp) -> Principal | ErrorCode:
-        if need.token:
-            return await auth_service.look_up_token(need.token, need.asker)
-        return await auth_service.look_up_api_key(need.digest, need.asker)
-
     # --- a request's life: core/gateway ---
     policy = Policy(
         routes=routes,
@@ -222,7 +240,7 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
         keys=keys,
         tokens=tokens,
         admit=leases.admit,
-        look_up=look_up,
+        look_up=credentials.look_up,
         recorder=access_log,
         monotonic=time.monotonic,
         utc_now=_utc_now,
@@ -252,7 +270,7 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
     resources = (
         health.resource(monitor.dependencies, readiness),
         meta.resource(),
-        auth.resource(auth_service),
+        auth.resource(auth_service, credentials),
         users.resource(user_service),
         api_keys_routes.resource(api_key_service),
         sessions.resource(session_service),
@@ -277,7 +295,7 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
         tasks.start("indexes", indexes.keep_trying)
         tasks.start("revocations", watch.watch)
         tasks.start("session outbox", outbox.run)
-        tasks.every("uses of API keys", KEY_USES_SECONDS, auth_service.flush_key_uses)
+        tasks.every("uses of API keys", KEY_USES_SECONDS, credentials.flush_key_uses)
         if settings.tokens.jwks_url:
             tasks.start("signing keys", signing_keys.keep_fresh)
         # What was imported and built lives as long as the worker: no collection need ever look at it again.
@@ -298,7 +316,7 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
         hashing.close()
         hashing_anew.close()
         await outbox.stop()
-        await auth_service.flush_key_uses()
+        await credentials.flush_key_uses()
         await leases.stop()
         await control.stop()
         await session_cluster.aclose()

@@ -19,8 +19,10 @@ from lucid.core.validation import (
     TronAddress,
 )
 from lucid.errors import ErrorCode
-from lucid.services.auth_service import AuthService, Status, TokenPair, TokenReport
+from lucid.services.auth_service import AuthService
 from lucid.services.challenges import Challenge
+from lucid.services.credentials import Credentials, Status, TokenReport
+from lucid.services.login_types import TokenPair
 
 TypedPassword = Annotated[
     str,
@@ -47,6 +49,9 @@ class WalletLoginBody(msgspec.Struct, forbid_unknown_fields=True):
     message: ChallengeText
     hardware_wallet: HardwareWalletText | None = None
 
+    def __repr__(self) -> str:
+        return "WalletLoginBody(***)"
+
 
 class PasswordLoginBody(msgspec.Struct, forbid_unknown_fields=True):
     email: Email
@@ -59,6 +64,9 @@ class PasswordLoginBody(msgspec.Struct, forbid_unknown_fields=True):
 class RefreshBody(msgspec.Struct, forbid_unknown_fields=True):
     refresh_token: RefreshTokenText
 
+    def __repr__(self) -> str:
+        return "RefreshBody(***)"
+
 
 class LogoutBody(msgspec.Struct, forbid_unknown_fields=True):
     all_logins: bool = False
@@ -67,9 +75,12 @@ class LogoutBody(msgspec.Struct, forbid_unknown_fields=True):
 class VerifyBody(msgspec.Struct, forbid_unknown_fields=True):
     token: AccessTokenText
 
+    def __repr__(self) -> str:
+        return "VerifyBody(***)"
 
-def resource(service: AuthService) -> Resource:
-    """The routes, each calling `service` once."""
+
+def resource(service: AuthService, credentials: Credentials) -> Resource:
+    """The routes, each calling one of the two once."""
     routes = Resource("auth", "/api/v1/auth")
 
     @routes.post("/challenge", body=ChallengeBody, answer=Challenge, errors=(ErrorCode.DEPENDENCY_AWAY,))
@@ -143,11 +154,11 @@ def resource(service: AuthService) -> Resource:
     @routes.post("/verify", body=VerifyBody, answer=TokenReport, errors=(ErrorCode.RATE_LIMITED, *_CLUSTER))
     async def verify(request: Request, body: VerifyBody) -> TokenReport:
         """Whether an access token is good at this moment, and its claims."""
-        return await service.verify(body.token, identifier(caller_of(request).address))
+        return await credentials.verify(body.token, identifier(caller_of(request).address))
 
     @routes.get("/status", answer=Status)
     async def status(request: Request) -> Status:
         """Who the caller is, and until when."""
-        return service.status(principal_of(request))
+        return credentials.status(principal_of(request))
 
     return routes

@@ -14,7 +14,7 @@ from sanic.response import raw
 from lucid.core.exchange import Exchange, Principal
 from lucid.core.validation import bad_field
 from lucid.errors import ErrorCode, GatewayError
-from lucid.services.auth_service import Caller
+from lucid.services.callers import Caller
 
 JSON: Final = "application/json"
 MAX_QUERY_PARAMETERS: Final = 32

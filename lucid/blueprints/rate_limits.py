@@ -5,7 +5,7 @@ from typing import Annotated
 from msgspec import Meta
 from sanic import Request
 
-from lucid.blueprints.coding import exchange_of, principal_of
+from lucid.blueprints.coding import caller_of, exchange_of, principal_of
 from lucid.blueprints.resource import Resource
 from lucid.core.validation import bad_field
 from lucid.errors import ErrorCode
@@ -39,7 +39,7 @@ def resource(service: RateLimitService) -> Resource:
     @routes.delete("/{name}/{identifier}", parameters=key, errors=errors)
     async def reset(request: Request, name: str, identifier: str) -> None:
         """Clear what was spent of a key."""
-        await service.reset(name, _checked(identifier), principal_of(request))
+        await service.reset(name, _checked(identifier), principal_of(request), caller_of(request))
 
     return routes
 

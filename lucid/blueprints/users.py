@@ -39,6 +39,9 @@ class RegistrationBody(msgspec.Struct, forbid_unknown_fields=True):
     email: Email
     password: Password
 
+    def __repr__(self) -> str:
+        return "RegistrationBody(***)"
+
 
 class UserQuery(msgspec.Struct, forbid_unknown_fields=True):
     page: PageNumber = DEFAULT_PAGE
@@ -117,7 +120,7 @@ def resource(service: UserService) -> Resource:
         ),
     )
     async def update(request: Request, user_id: str, body: UserChanges) -> UserView:
-        """Change a user: all that the body names, or nothing.
+        """Change a user: all that the body names, or nothing; with a token from a login only.
 
         Oneself: `email`; `password`, with `current_password` where one is set; `tron_address`, with the `signature` of
         a fresh challenge (`message`) by that wallet. Others, for admins: `email` and `role`, up to `node_operator`;

@@ -15,7 +15,8 @@ from lucid.core.security import nonces
 from lucid.core.validation import Moment, checked_future, checked_text, is_user_id
 from lucid.database.documents import ApiKeyDocument, milliseconds
 from lucid.errors import ErrorCode, GatewayError, rfc3339
-from lucid.services.login_types import Caller, record, utc
+from lucid.services.callers import Caller, record, utc
+from lucid.services.pages import Page
 from lucid.services.revocations import Revocations, of_key
 from lucid.services.unbroken import Unbroken
 from lucid.services.user_rules import effective_role
@@ -49,13 +50,8 @@ class NewApiKey(ApiKeyView, frozen=True):
         return f"NewApiKey(key_id={self.key_id!r}, key=***)"
 
 
-class ApiKeyPage(msgspec.Struct, frozen=True):
+class ApiKeyPage(Page[ApiKeyView], frozen=True):
     """One page of the caller's keys, newest first. `total`: how many there are on all pages."""
-
-    items: list[ApiKeyView]
-    page: int
-    limit: int
-    total: int
 
 
 class ApiKeyService:

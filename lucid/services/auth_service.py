@@ -1,4 +1,4 @@
-"""Logging in, staying logged in, logging out; and who a credential belongs to.
+"""Logging in, staying logged in, logging out.
 
 A login with a wallet: `challenge` gives a text, the wallet signs it, `login_with_wallet` compares,
 verifies, finds or makes the user, spends the challenge and starts a *family*: the login's line of refresh
@@ -25,21 +25,17 @@ tells of. Whatever else breaks off gave nothing to anybody.
 """
 
 import datetime as dt
-import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import msgspec
 
-from lucid.core.exchange import ROLES, Principal, Role
-from lucid.core.gateway import LEARNED_TOKEN_SECONDS
-from lucid.core.rules.keys import KeyMemory
-from lucid.core.rules.tokens import TokenMemory
+from lucid.core.exchange import Principal, Role
 from lucid.core.security import api_keys as keys
 from lucid.core.security import nonces
-from lucid.core.security.jwt import REVOCATION_AHEAD_SECONDS, IssuedToken, TokenIssuer, issuer_of
-from lucid.core.security.roles import PERMISSIONS, TIERS
+from lucid.core.security.jwt import REVOCATION_AHEAD_SECONDS, IssuedToken, TokenIssuer
+from lucid.core.security.roles import PERMISSIONS
 from lucid.core.security.tron import verify as verify_wallet
 from lucid.core.validation import (
     MAX_PASSWORD_CHARACTERS,
@@ -49,42 +45,28 @@ from lucid.core.validation import (
     checked_email,
     normal_text,
 )
-from lucid.database.api_key_repository import ApiKeyRepository
-from lucid.database.documents import FamilyDocument, HardwareWallet, UserDocument, milliseconds
+from lucid.database.documents import FamilyDocument, HardwareWallet, UserDocument
 from lucid.database.refresh_token_repository import RefreshTokenRepository
 from lucid.database.user_repository import UserRepository
-from lucid.errors import AWAY_RETRY_SECONDS, ErrorCode, GatewayError, away, rfc3339
-from lucid.services.auth_cluster import AuthCluster
+from lucid.errors import ErrorCode, GatewayError
+from lucid.services.callers import Caller, record, utc
 from lucid.services.challenges import Challenge, Challenges
 from lucid.services.cluster_logins import ClusterLogins
 from lucid.services.login_delays import Attempt, LoginDelays
 from lucid.services.login_types import (
     AuthenticatedUser,
-    Caller,
     Charge,
-    Status,
     TokenPair,
-    TokenReport,
     bad_refresh_token,
     login_failed,
-    record,
-    utc,
 )
-from lucid.services.look_ups import LookUps
 from lucid.services.password_hashing import PasswordHashing
-from lucid.services.revocations import Revocation, Revocations, of_user, user_moment
+from lucid.services.revocations import Revocation, Revocations, dead_until, of_user
 from lucid.services.unbroken import Unbroken
-from lucid.services.user_service import effective_role
+from lucid.services.user_rules import effective_role
 from lucid.settings import TokenSettings
 
-__all__ = ["AuthService", "AuthenticatedUser", "Caller", "Charge", "Status", "TokenPair", "TokenReport"]
-
-MOST_KEY_USES: Final = 10_000
 _PASSWORD_TRIES: Final = 3
-_BEHIND: Final = dt.timedelta(milliseconds=2)
-"""A token of whoever has read `tokens_revoked_at` is issued one millisecond behind it, or later."""
-
-_log: Final = logging.getLogger(__name__)
 
 
 class AuthService:
@@ -97,65 +79,32 @@ class AuthService:
         *,
         users: UserRepository,
         refresh_tokens: RefreshTokenRepository,
-        api_keys: ApiKeyRepository,
         challenges: Challenges,
         revocations: Revocations,
         hashing: PasswordHashing,
         delays: LoginDelays,
         issuer: TokenIssuer,
-        memory: TokenMemory,
         settings: TokenSettings,
         admin_addresses: frozenset[str],
         charge: Charge,
-        cluster: AuthCluster | None = None,
-        fetch_keys: Callable[[], Awaitable[object]] | None = None,
-        remembered: KeyMemory | None = None,
+        cluster: ClusterLogins | None = None,
         unbroken: Unbroken | None = None,
         wall_clock: Callable[[], float] = time.time,
-        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`cluster` gives the tokens instead of `issuer`. `fetch_keys` fetches the key set anew, for a token that
-        names a key which is not known here. `remembered` is what this worker was told about
-        credentials lately. `monotonic` is the clock by which `memory` is asked.
-        """
+        """`cluster` gives the tokens instead of `issuer`."""
         self._users = users
         self._refresh_tokens = refresh_tokens
-        self._api_keys = api_keys
         self._challenges = challenges
         self._revocations = revocations
         self._hashing = hashing
         self._delays = delays
         self._issuer = issuer
-        self._memory = memory
         self._settings = settings
         self._admin_addresses = admin_addresses
         self._charge = charge
         self._cluster = cluster
-        self._cluster_logins = (
-            None
-            if cluster is None
-            else ClusterLogins(
-                cluster,
-                users=users,
-                refresh_tokens=refresh_tokens,
-                challenges=challenges,
-                revocations=revocations,
-                charge=charge,
-                wall_clock=wall_clock,
-            )
-        )
         self._unbroken = unbroken or Unbroken()
-        self._keys = remembered or KeyMemory()
-        self._fetch_keys = fetch_keys
         self._wall_clock = wall_clock
-        self._monotonic = monotonic
-        self._key_look_ups = LookUps(
-            self._find_api_key,
-            lambda: away("mongodb", "Too many API keys are being looked up"),
-            generation=lambda: self._keys.generation,
-        )
-        self._token_look_ups = LookUps(self._find_token, _too_many_tokens)
-        self._key_uses: dict[str, dt.datetime] = {}
 
     # --- logging in ------------------------------------------------------------------------------------
 
@@ -182,23 +131,23 @@ class AuthService:
         checked_address(tron_address)
         nonce = await self._challenges.find(tron_address, message)
         if nonce is None:
-            raise login_failed(ErrorCode.UNKNOWN_CHALLENGE, caller, tron_address=tron_address)
+            raise _wallet_refused(ErrorCode.UNKNOWN_CHALLENGE, caller, tron_address=tron_address)
         if not verify_wallet(tron_address, message.encode(), signature):
-            raise login_failed(ErrorCode.BAD_SIGNATURE, caller, tron_address=tron_address)
+            raise _wallet_refused(ErrorCode.BAD_SIGNATURE, caller, tron_address=tron_address)
         device = None
         if hardware_wallet is not None:
             device = HardwareWallet(hardware_wallet.type, normal_text(hardware_wallet.device_id))
-        if self._cluster_logins is not None:
+        if self._cluster is not None:
             body = {"tron_address": tron_address, "signature": signature, "message": message}
             if hardware_wallet is not None:
                 body["hardware_wallet"] = msgspec.to_builtins(hardware_wallet)
-            return await self._cluster_logins.login(body, nonce, device, caller)
+            return await self._cluster.login(body, nonce, device, caller)
         # The user first, the challenge then: with MongoDB away the challenge is still good afterwards.
         # Finding or making the user twice is harmless; it is the spending that only one of two logins can
         # do.
-        user_id = (await self._users.upsert_by_tron_address(tron_address, nonces.new_id(), device)).user_id
+        user_id = await self._unbroken(self._find_or_make(tron_address, device, caller))
         if not await self._challenges.spend(tron_address, nonce):
-            raise login_failed(ErrorCode.UNKNOWN_CHALLENGE, caller, tron_address=tron_address)
+            raise _wallet_refused(ErrorCode.UNKNOWN_CHALLENGE, caller, tron_address=tron_address)
 
         async def owner() -> UserDocument | None:
             user = await self._users.find_by_id(user_id)
@@ -208,8 +157,16 @@ class AuthService:
             user_id, owner, caller, method="wallet", hardware_wallet=device.type if device else None
         )
         if pair is None:
-            raise login_failed(ErrorCode.BAD_CREDENTIAL, caller, user_id=user_id)
+            raise _wallet_refused(ErrorCode.BAD_CREDENTIAL, caller, user_id=user_id)
         return pair
+
+    async def _find_or_make(self, tron_address: str, device: HardwareWallet | None, caller: Caller) -> str:
+        """The id of the user whose wallet it is; recorded where this made the user."""
+        offered = nonces.new_id()
+        user = await self._users.upsert_by_tron_address(tron_address, offered, device)
+        if user.user_id == offered:
+            record("user_created", caller, user_id=user.user_id)
+        return user.user_id
 
     async def login_with_password(self, email: str, password: str, caller: Caller) -> TokenPair:
         """Tokens for the user of this email.
@@ -315,8 +272,8 @@ class AuthService:
         BAD_CREDENTIAL; RATE_LIMITED by the limit `refresh` of the user, for unknown tokens by `login` of
         the address.
         """
-        if self._cluster_logins is not None:
-            return await self._cluster_logins.refresh(refresh_token, caller)
+        if self._cluster is not None:
+            return await self._cluster.refresh(refresh_token, caller)
         self._require_issuer()
         spent = keys.digest(refresh_token)
         family = await self._refresh_tokens.find_family(spent, self._now())
@@ -358,8 +315,8 @@ class AuthService:
     async def _logout(self, principal: Principal, all_logins: bool, caller: Caller) -> None:
         # By the token's own issuer: tokens minted here by hand are good beside the cluster's.
         until = self._until(principal.expires_at)
-        if self._cluster_logins is not None and self._is_clusters(caller.token):
-            await self._cluster_logins.logout(principal, all_logins, until, caller)
+        if self._cluster is not None and self._cluster.issues(caller.token):
+            await self._cluster.logout(principal, all_logins, until, caller)
         else:
             await self._logout_here(principal, all_logins, until)
         record(
@@ -377,11 +334,8 @@ class AuthService:
         )
         revocations = [Revocation(family=principal.family, until=until)]
         if all_logins:
-            dead = milliseconds(utc(user_moment(self._wall_clock())))
-            user = await self._users.find_by_id(principal.user_id)
-            if user is not None and user.tokens_revoked_at is not None:
-                # That may lie ahead of this worker's clock, and tokens were issued just behind it.
-                dead = max(dead, user.tokens_revoked_at + _BEHIND)
+            now = self._wall_clock()
+            dead = dead_until(await self._users.find_by_id(principal.user_id), now)
             # Written to the user first, so that whoever logs in from now on is given tokens beyond that moment.
             await self._users.update(principal.user_id, {}, revoke_tokens_at=dead)
             everything = of_user(principal.user_id, dead.timestamp())
@@ -391,124 +345,7 @@ class AuthService:
             revocations.append(everything)
         await self._revocations.revoke(*revocations)
 
-    # --- whose a credential is -------------------------------------------------------------------------
-
-    async def verify(self, token: str, asker: str = "") -> TokenReport:
-        """Whether an access token is good at this moment, revocations included. `asker`: the caller's address, as
-        limits count it. Raises BACKEND_... where the authentication cluster must be asked and does not answer.
-        """
-        verdict = self._memory.principal(token, self._monotonic())
-        if verdict is None:
-            digest = keys.digest(token)
-            answer = self._keys.get(digest, self._monotonic())
-            if answer is None:
-                answer = await self.look_up_token(token, asker)
-            if not isinstance(answer, Principal):
-                self._keys.put(digest, answer, self._monotonic())
-            else:
-                self._memory.remember(token, answer, self._monotonic(), LEARNED_TOKEN_SECONDS)
-                verdict = self._memory.principal(token, self._monotonic())
-        if not isinstance(verdict, Principal):
-            return TokenReport(active=False)
-        issuer = issuer_of(token)
-        return TokenReport(
-            active=True,
-            sub=verdict.user_id,
-            role=verdict.role.label,
-            sid=verdict.family,
-            jti=verdict.token_id,
-            iat=int(verdict.issued_at),
-            exp=int(verdict.expires_at),
-            iss=issuer,
-            aud=self._settings.audience if issuer == self._settings.issuer else "",
-            typ="access",
-        )
-
-    def status(self, principal: Principal) -> Status:
-        """Who the caller is. From the credential alone: the user need not be stored here."""
-        return Status(
-            user_id=principal.user_id,
-            role=principal.role.label,
-            permissions=PERMISSIONS[principal.role],
-            credential="api_key" if principal.via == "api_key" else "token",
-            issued_at=_moment(principal.issued_at),
-            expires_at=_moment(principal.expires_at),
-        )
-
-    async def look_up_api_key(self, digest: bytes, asker: str = "") -> Principal | ErrorCode:
-        """Whose key has this digest: BAD_CREDENTIAL for an unknown one or one of a deleted user, CREDENTIAL_EXPIRED.
-
-        It acts as its owner, with the key's role but never more than the owner has now. That it was used is noted;
-        `flush_key_uses` writes it down. Raises DEPENDENCY_AWAY, also where too many others are being looked up.
-        """
-        answer = await self._key_look_ups(digest, asker)
-        if isinstance(answer, Principal):
-            self._note_key_use(answer.token_id, self._now())
-        return answer
-
-    async def look_up_token(self, token: str, asker: str = "") -> Principal | ErrorCode:
-        """What others say of a token about which `TokenMemory.principal` says None: the authentication cluster, or
-        the key set fetched anew. Equal ones are asked about once. Knows no revocations: hand the answer to
-        `TokenMemory.remember`. Raises RATE_LIMITED, BACKEND_..., also where too many others are being looked up.
-        """
-        return await self._token_look_ups(token.encode("utf-8", "surrogatepass"), asker)
-
-    async def flush_key_uses(self) -> None:
-        """Write down when API keys were last used, all in one call. Call it now and then, and at the end. Without
-        MongoDB they are kept for the next time.
-        """
-        uses, self._key_uses = self._key_uses, {}
-        try:
-            if uses:
-                await self._api_keys.touch(uses)
-        except GatewayError as error:
-            _log.warning(
-                "the last use of %d API keys is not written down yet: %s", len(uses), error.code.value
-            )
-            newer, self._key_uses = self._key_uses, uses
-            for key_id, moment in newer.items():
-                self._note_key_use(key_id, moment)
-
-    def _note_key_use(self, key_id: str, moment: dt.datetime) -> None:
-        self._key_uses.pop(key_id, None)
-        if len(self._key_uses) >= MOST_KEY_USES:
-            del self._key_uses[next(iter(self._key_uses))]
-        self._key_uses[key_id] = moment
-
-    async def _find_api_key(self, digest: bytes) -> Principal | ErrorCode:
-        key = await self._api_keys.find_by_digest(digest)
-        if key is None or key.role not in ROLES:
-            return ErrorCode.BAD_CREDENTIAL
-        if key.expires_at is not None and key.expires_at <= self._now():
-            return ErrorCode.CREDENTIAL_EXPIRED
-        owner = await self._users.find_by_id(key.user_id)
-        if owner is None:
-            return ErrorCode.BAD_CREDENTIAL
-        role = min(ROLES[key.role], effective_role(owner, self._admin_addresses))
-        return Principal(
-            role=role,
-            tier=TIERS[role],
-            identifier=owner.user_id,
-            user_id=owner.user_id,
-            token_id=key.key_id,
-            issued_at=key.created_at.timestamp(),
-            expires_at=0.0 if key.expires_at is None else key.expires_at.timestamp(),
-            via="api_key",
-        )
-
-    async def _find_token(self, raw: bytes) -> Principal | ErrorCode:
-        token = raw.decode("utf-8", "surrogatepass")
-        if self._cluster is not None and self._cluster.issues(token):
-            # Several requests may share this call; it bears the name of none.
-            return await self._cluster.verify(token, "")
-        if self._fetch_keys is not None:
-            await self._fetch_keys()
-        return self._memory.principal(token, self._monotonic()) or ErrorCode.BAD_CREDENTIAL
-
     # --- parts -----------------------------------------------------------------------------------------
-
-    def _is_clusters(self, token: str) -> bool:
-        return self._cluster is not None and self._cluster.issues(token)
 
     def _require_issuer(self) -> None:
         if not self._issuer.can_issue:
@@ -556,13 +393,5 @@ class AuthService:
         return utc(self._wall_clock())
 
 
-def _too_many_tokens() -> GatewayError:
-    return GatewayError(
-        ErrorCode.BACKEND_UNAVAILABLE,
-        "Too many tokens are being looked up",
-        fields=(("Retry-After", str(AWAY_RETRY_SECONDS)),),
-    )
-
-
-def _moment(seconds: float) -> str | None:
-    return rfc3339(utc(seconds)) if seconds else None
+def _wallet_refused(code: ErrorCode, caller: Caller, **who: str) -> GatewayError:
+    return login_failed(code, caller, method="wallet", **who)

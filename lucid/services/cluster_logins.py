@@ -19,17 +19,15 @@ from lucid.database.refresh_token_repository import RefreshTokenRepository
 from lucid.database.user_repository import UserRepository
 from lucid.errors import ErrorCode, GatewayError
 from lucid.services.auth_cluster import AuthCluster
+from lucid.services.callers import Caller, record, utc
 from lucid.services.challenges import Challenges
 from lucid.services.cluster_answers import ClusterLogin, ClusterTokens
 from lucid.services.login_types import (
     AuthenticatedUser,
-    Caller,
     Charge,
     TokenPair,
     bad_refresh_token,
     login_failed,
-    record,
-    utc,
 )
 from lucid.services.revocations import Revocation, Revocations, of_user
 
@@ -40,7 +38,7 @@ _log: Final = logging.getLogger(__name__)
 
 
 class ClusterLogins:
-    """One per worker, part of its `AuthService`. Its methods raise what the cluster's client raises, DEPENDENCY_AWAY
+    """One per worker; its `AuthService` calls it. Its methods raise what the cluster's client raises, DEPENDENCY_AWAY
     where Redis is needed and away.
     """
 
@@ -65,6 +63,10 @@ class ClusterLogins:
         self._owners: OrderedDict[bytes, str] = OrderedDict()
         """User ids by the digest of the refresh token, of those that this worker has passed on."""
 
+    def issues(self, token: str) -> bool:
+        """Whether this token is the cluster's, by what it says of its issuer."""
+        return self._cluster.issues(token)
+
     async def login(
         self, body: dict[str, Any], nonce: str, device: HardwareWallet | None, caller: Caller
     ) -> TokenPair:
@@ -76,12 +78,14 @@ class ClusterLogins:
             login = await self._cluster.login(body, caller.request_id)
         except GatewayError as error:
             if error.code is ErrorCode.BAD_CREDENTIAL:
-                raise login_failed(error.code, caller, tron_address=tron_address) from error
+                raise login_failed(error.code, caller, method="wallet", tron_address=tron_address) from error
             raise
         await self._record_user(login, tron_address, device)
         if not await self._challenges.spend(tron_address, nonce):
             # The tokens of the slower one of two logins are given to nobody.
-            raise login_failed(ErrorCode.UNKNOWN_CHALLENGE, caller, tron_address=tron_address)
+            raise login_failed(
+                ErrorCode.UNKNOWN_CHALLENGE, caller, method="wallet", tron_address=tron_address
+            )
         self._remember(login.refresh_token, login.user_id)
         record(
             "login",

@@ -2,12 +2,11 @@
 service knows to charge.
 """
 
-import logging
 import math
 import random
 import time
 from collections.abc import Callable, Mapping
-from typing import Final, Literal
+from typing import Literal
 
 import msgspec
 
@@ -17,8 +16,7 @@ from lucid.core.rules.leases import Claim, LimitSet, Standing
 from lucid.core.rules.refusals import ClaimHolder, over_limit
 from lucid.core.wire.lease_store import LeaseStore, StoreAwayError
 from lucid.errors import ErrorCode, GatewayError, away
-
-_audit: Final = logging.getLogger("lucid.audit")
+from lucid.services.callers import Caller, record
 
 
 class StandingView(msgspec.Struct, frozen=True):
@@ -91,7 +89,7 @@ class RateLimitService:
             reset_seconds=math.ceil(answer.free_ms / 1_000),
         )
 
-    async def reset(self, name: str, identifier: str, by: Principal) -> None:
+    async def reset(self, name: str, identifier: str, principal: Principal, caller: Caller) -> None:
         """Clear what was spent; every worker hears of it. Raises NOT_FOUND, DEPENDENCY_AWAY."""
         limit = self._limit(name)
         identifier = _counted_by(limit, identifier)
@@ -99,8 +97,7 @@ class RateLimitService:
             await self._store.reset(limit, identifier)
         except StoreAwayError as error:
             raise away("redis") from error
-        fields = {"event": "limit_reset", "user_id": by.user_id, "limit": name, "identifier": identifier}
-        _audit.info("limit_reset", extra={"audit": fields})
+        record("limit_reset", caller, user_id=principal.user_id, limit=name, identifier=identifier)
 
     async def charge(self, name: str, identifier: str, exchange: ClaimHolder | None = None) -> None:
         """Charge one request to a named limit; a limit that is off charges nothing. Raises RATE_LIMITED.

@@ -18,6 +18,7 @@ again for the same reason; applying one twice changes nothing.
 
 import asyncio
 import contextlib
+import datetime as dt
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Final
@@ -27,7 +28,9 @@ import msgspec
 from lucid.core.rules.keys import KeyMemory
 from lucid.core.rules.tokens import TokenMemory
 from lucid.core.security.jwt import LONGEST_LIFE_MINUTES, REVOCATION_AHEAD_SECONDS
+from lucid.database.documents import UserDocument, milliseconds
 from lucid.errors import GatewayError
+from lucid.services.callers import utc
 from lucid.services.stores import redis_border
 
 KEY: Final = "lucid:revocations"
@@ -40,6 +43,8 @@ USER_SECONDS: Final = LONGEST_LIFE_MINUTES * 60.0 + 3_600.0
 """How long all tokens of a user stay revoked: the longest life, and an hour for leeway and clocks."""
 KEY_SECONDS: Final = 60.0
 MOST_UNKEPT: Final = 1_000
+_BEHIND: Final = dt.timedelta(milliseconds=2)
+"""A token of whoever has read `tokens_revoked_at` is issued one millisecond behind it, or later."""
 
 Publish = Callable[[dict[str, Any]], Awaitable[bool]]
 CountUntold = Callable[[], Awaitable[None]]
@@ -73,6 +78,18 @@ def of_key(digest: bytes, now: float) -> Revocation:
 def user_moment(now: float) -> float:
     """Up to when a user's tokens are dead, if something about the user changes at `now`."""
     return now + REVOCATION_AHEAD_SECONDS
+
+
+def dead_until(user: UserDocument | None, now: float) -> dt.datetime:
+    """Up to when the user's tokens die by a change at `now`, as it is stored. None: nobody is stored.
+
+    Beyond the moment of the change before, although that may lie ahead of this worker's clock: a token of the time
+    between the two was issued just behind it.
+    """
+    moment = milliseconds(utc(user_moment(now)))
+    if user is None or user.tokens_revoked_at is None:
+        return moment
+    return max(moment, user.tokens_revoked_at + _BEHIND)
 
 
 class Revocations:

@@ -10,7 +10,6 @@ session's own row; `SessionOutbox` tells it afterwards, and no caller waits for 
 """
 
 import datetime as dt
-import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Protocol, cast
@@ -23,7 +22,8 @@ from lucid.core.validation import Moment, SessionStatus, bad_field, checked_meta
 from lucid.database.documents import OutboxEntry, SessionDocument
 from lucid.database.session_repository import SessionRepository
 from lucid.errors import ErrorCode, GatewayError, rfc3339
-from lucid.services.auth_service import Caller
+from lucid.services.callers import Caller, record, utc
+from lucid.services.pages import Page
 
 MOVES: Final[Mapping[str, frozenset[str]]] = {
     "INITIALIZING": frozenset({"ACTIVE", "FAILED", "TERMINATED"}),
@@ -44,8 +44,6 @@ ORIGINS: Final[Mapping[str, frozenset[str]]] = {
 _FIRST: Final = "INITIALIZING"
 _TERMINATED: Final = "TERMINATED"
 
-_audit: Final = logging.getLogger("lucid.audit")
-
 
 class SessionView(msgspec.Struct, frozen=True):
     """A session as the API shows it. `ended_at` is null while it has not ended."""
@@ -59,13 +57,8 @@ class SessionView(msgspec.Struct, frozen=True):
     ended_at: Moment | None
 
 
-class SessionPage(msgspec.Struct, frozen=True):
+class SessionPage(Page[SessionView], frozen=True):
     """Sessions, newest first. `total` counts those of all pages."""
-
-    items: list[SessionView]
-    page: int
-    limit: int
-    total: int
 
 
 class Outbox(Protocol):
@@ -220,7 +213,7 @@ class SessionService:
         return OutboxEntry(nonces.new_id(), "terminate", self._now())
 
     def _now(self) -> dt.datetime:
-        return dt.datetime.fromtimestamp(self._wall_clock(), dt.UTC)
+        return utc(self._wall_clock())
 
 
 def _only_of(principal: Principal) -> str | None:
@@ -247,19 +240,16 @@ def _illegal_move(origin: str, status: str) -> GatewayError:
 
 def _record_if_others(event: str, session: SessionDocument, principal: Principal, caller: Caller) -> None:
     """A line in the audit log where an admin has changed somebody else's session."""
-    if session.user_id == principal.user_id:
-        return
-    told = {
-        "event": event,
-        "address": caller.address,
-        "request_id": caller.request_id,
-        "user_id": principal.user_id,
-        "role": principal.role.label,
-        "session_id": session.session_id,
-        "owner": session.user_id,
-        "status": session.status,
-    }
-    _audit.info(event, extra={"audit": told})
+    if session.user_id != principal.user_id:
+        record(
+            event,
+            caller,
+            user_id=principal.user_id,
+            role=principal.role.label,
+            session_id=session.session_id,
+            owner=session.user_id,
+            status=session.status,
+        )
 
 
 def _view(session: SessionDocument) -> SessionView:

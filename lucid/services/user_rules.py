@@ -1,4 +1,5 @@
-"""Who may change what about whom. Pure: the user as stored now and the caller in, an error out.
+"""What a change of a user looks like, and who may change what about whom. Nothing here waits or remembers: the user as
+stored now and the caller in; what may not be is raised.
 
     everybody      oneself: email, password, address, deletion; never the role
     admin          besides, users and node operators: email, role up to node_operator, deletion
@@ -125,6 +126,11 @@ def check_rank(present: Role, principal: Principal, own: bool) -> None:
 
 def no_such_user() -> GatewayError:
     return GatewayError(ErrorCode.NOT_FOUND, "No such user")
+
+
+def conflict(*fields: str) -> GatewayError:
+    """Another live user has what these fields name."""
+    return GatewayError(ErrorCode.CONFLICT, details={"fields": list(fields)})
 
 
 def forbidden(message: str) -> GatewayError:

@@ -1,6 +1,6 @@
 """Who the platform's users are: registering, looking, changing, deleting.
 
-A change is judged by the rules (user_rules.py), proven (the current password, a wallet's signature), and written in one
+A change is judged by the rules (user_rules.py), proven (user_proofs.py), and written in one
 atomic operation that demands of the stored user what the judgement rested on. If that has changed meanwhile, the
 judgement is made again.
 
@@ -13,7 +13,7 @@ import asyncio
 import datetime as dt
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakValueDictionary
 
 import msgspec
@@ -22,26 +22,27 @@ from msgspec import UNSET
 from lucid.core.exchange import Principal, Role, RoleName
 from lucid.core.security import nonces
 from lucid.core.security.roles import PERMISSIONS
-from lucid.core.security.tron import verify as verify_wallet
 from lucid.core.validation import (
     Moment,
-    bad_field,
     checked_address,
     checked_email,
     checked_password,
     email_key,
 )
-from lucid.database.documents import UserDocument, milliseconds
+from lucid.database.documents import UserDocument
 from lucid.errors import ErrorCode, GatewayError, rfc3339
-from lucid.services.login_types import Caller, record, utc
-from lucid.services.revocations import Revocations, of_user, user_moment
+from lucid.services.callers import Caller, record, utc
+from lucid.services.pages import Page
+from lucid.services.revocations import Revocations, dead_until, of_user
 from lucid.services.unbroken import Unbroken
+from lucid.services.user_proofs import Proven, UserProofs
 from lucid.services.user_rules import (
     UserChanges,
     check_deletion,
     check_rank,
     check_rights,
     check_shape,
+    conflict,
     effective_role,
     forbidden,
     no_such_user,
@@ -52,23 +53,15 @@ if TYPE_CHECKING:
     from lucid.database.api_key_repository import ApiKeyRepository
     from lucid.database.refresh_token_repository import RefreshTokenRepository
     from lucid.database.user_repository import UserRepository
-    from lucid.services.challenges import Challenges
-    from lucid.services.login_delays import Attempt, LoginDelays
     from lucid.services.password_hashing import PasswordHashing
-
-__all__ = ["UserPage", "UserService", "UserView", "effective_role"]
 
 MOST_JUDGEMENTS: Final = 5
 """How often one change is judged anew because the user was changed meanwhile."""
 
 _JUDGED: Final = ("role", "tron_address", "password", "tokens_revoked_at")
 """What a change rests on: of the stored user these must be as they were read."""
-_BEHIND: Final = dt.timedelta(milliseconds=2)
-"""A token of whoever has read `tokens_revoked_at` is issued one millisecond behind it, or later."""
 
 _log: Final = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class UserView(msgspec.Struct, frozen=True):
@@ -84,24 +77,8 @@ class UserView(msgspec.Struct, frozen=True):
     last_login_at: Moment | None
 
 
-class UserPage(msgspec.Struct, frozen=True):
+class UserPage(Page[UserView], frozen=True):
     """One page of the users, newest first. `total`: how many there are on all pages."""
-
-    items: list[UserView]
-    page: int
-    limit: int
-    total: int
-
-
-class _Proofs(msgspec.Struct):
-    """What the caller has proven in this request. It outlives a judgement: a challenge is spent once."""
-
-    verified: str | None = None
-    """The stored password that the current one was found to be."""
-    hashed: str | None = None
-    """The new password, ready to be stored."""
-    spent: bool = False
-    """The challenge for the new address."""
 
 
 class UserService:
@@ -120,9 +97,8 @@ class UserService:
         refresh_tokens: "RefreshTokenRepository",
         api_keys: "ApiKeyRepository",
         revocations: Revocations,
-        challenges: "Challenges",
+        proofs: UserProofs,
         passwords: "PasswordHashing",
-        delays: "LoginDelays",
         admin_addresses: frozenset[str],
         wall_clock: Callable[[], float],
         registration: bool,
@@ -132,12 +108,11 @@ class UserService:
         self._refresh_tokens = refresh_tokens
         self._api_keys = api_keys
         self._revocations = revocations
-        self._challenges = challenges
+        self._proofs = proofs
         self._passwords = passwords
         self._admin_addresses = admin_addresses
         self._wall_clock = wall_clock
         self._registration = registration
-        self._delays = delays
         self._registering: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._unbroken = unbroken or Unbroken()
 
@@ -151,7 +126,7 @@ class UserService:
         # email all but the first are conflicts. Between workers the unique index decides.
         async with self._registering.setdefault(email_key(email), asyncio.Lock()):
             if await self._users.find_by_email(email) is not None:
-                raise _conflict("email")
+                raise conflict("email")
             hashed = await self._passwords.hash(password)
             return self._view(await self._unbroken(self._create(email, hashed, caller)))
 
@@ -200,12 +175,12 @@ class UserService:
         check_rights(changes, principal, own)
         if changes.password is not UNSET and not self._registration:
             raise _elsewhere("A password")
-        proofs = _Proofs()
+        proven = Proven()
         for _ in range(MOST_JUDGEMENTS):
             user = await self._find(user_id)
             check_rank(effective_role(user, self._admin_addresses), principal, own)
-            await self._check_proofs(user, changes, proofs, caller)
-            data = _differences(user, changes, proofs)
+            await self._proofs.check(user, changes, proven, caller)
+            data = _differences(user, changes, proven)
             if not data:
                 if changes.role is not UNSET and user.tokens_revoked_at is not None:
                     # Asked for again: whoever wrote it may have died before it could tell of it.
@@ -244,88 +219,6 @@ class UserService:
         record("user_created", caller, user_id=user.user_id)
         return user
 
-    async def _check_proofs(
-        self, user: UserDocument, changes: UserChanges, proofs: _Proofs, caller: Caller
-    ) -> None:
-        """What `changes` need besides a right. All the cheap questions first: two passwords hashed are 0.4 s of a core,
-        too much for a change that cannot be. Last what cannot be taken back.
-        """
-        if changes.password is not UNSET:
-            _check_password_fields(user, changes)
-        taken = []
-        if changes.email is not UNSET and await self._is_taken(user, email=changes.email):
-            taken.append("email")
-        if changes.tron_address is not UNSET and await self._is_taken(
-            user, tron_address=changes.tron_address
-        ):
-            taken.append("tron_address")
-        # Looked at before the challenge is spent. Whoever loses a race for the address after this needs a new one:
-        # spending comes before writing, since a challenge that lets two requests write is worse.
-        nonce = None
-        if changes.tron_address is not UNSET and not proofs.spent:
-            nonce = await self._signed_challenge(changes)
-        if taken:
-            raise _conflict(*taken)
-        if changes.password is not UNSET:
-            await self._check_password(user, changes, proofs, caller)
-            if proofs.hashed is None:
-                proofs.hashed = await self._passwords.hash(changes.password)
-        if nonce is not None:
-            if not await self._challenges.spend(str(changes.tron_address), nonce):
-                raise GatewayError(ErrorCode.UNKNOWN_CHALLENGE)
-            proofs.spent = True
-
-    async def _is_taken(
-        self, user: UserDocument, *, email: str | None = None, tron_address: str | None = None
-    ) -> bool:
-        """Whether another live user has it. The unique index decides in the end."""
-        if email is not None:
-            holder = await self._users.find_by_email(email)
-        else:
-            holder = await self._users.find_by_tron_address(tron_address or "")
-        return holder is not None and holder.user_id != user.user_id
-
-    async def _signed_challenge(self, changes: UserChanges) -> str:
-        """The nonce of the outstanding challenge that the new address has signed."""
-        address, message = str(changes.tron_address), str(changes.message)
-        nonce = await self._challenges.find(address, message)
-        if nonce is None:
-            raise GatewayError(ErrorCode.UNKNOWN_CHALLENGE)
-        if not verify_wallet(address, message.encode(), str(changes.signature)):
-            raise GatewayError(ErrorCode.BAD_SIGNATURE)
-        return nonce
-
-    async def _check_password(
-        self, user: UserDocument, changes: UserChanges, proofs: _Proofs, caller: Caller
-    ) -> None:
-        if user.password is None or proofs.verified == user.password:
-            return
-        # A stolen token is no way to guess the password that it does not tell, so guesses here are slowed down as
-        # they are at the login. The answer is a 401 as for every other proof that fails, a signature's too; what
-        # failed the details say, so that nobody takes it for the token.
-        attempt = await self._delays.admit(str(user.email or changes.email), caller.address)
-        await self._unbroken(
-            self._judge_guess(attempt, str(changes.current_password), user.user_id, user.password, caller)
-        )
-        proofs.verified = user.password
-
-    async def _judge_guess(
-        self, attempt: "Attempt", guess: str, user_id: str, stored: str, caller: Caller
-    ) -> None:
-        try:
-            right = await self._passwords.verify(guess, stored)
-        except GatewayError:
-            await self._delays.withdrawn(attempt)
-            raise
-        if not right:
-            record("password_change_failed", caller, user_id=user_id)
-            raise GatewayError(
-                ErrorCode.BAD_CREDENTIAL,
-                "The current password is not right",
-                details={"field": "current_password"},
-            )
-        await self._delays.succeeded(attempt)
-
     async def _write(
         self, user: UserDocument, data: dict[str, Any], principal: Principal, caller: Caller
     ) -> UserDocument | None:
@@ -342,7 +235,7 @@ class UserService:
             user.user_id,
             data,
             expected=_as_judged(user),
-            revoke_tokens_at=_dead_until(user, now) if ends_tokens else None,
+            revoke_tokens_at=dead_until(user, now) if ends_tokens else None,
         )
         if written is None:
             return None
@@ -361,7 +254,7 @@ class UserService:
 
     async def _delete(self, user: UserDocument, principal: Principal, caller: Caller) -> bool:
         """Delete and end what must end with it; False where the user is not as judged any more."""
-        moment = _dead_until(user, self._wall_clock())
+        moment = dead_until(user, self._wall_clock())
         # The write alone is enough: without a live owner neither a refresh token nor an API key opens anything.
         if not await self._users.delete(user.user_id, expected=_as_judged(user), revoke_tokens_at=moment):
             return False
@@ -411,36 +304,13 @@ class UserService:
 _EVENTS: Final = {"password": "password_changed", "email": "email_changed", "tron_address": "wallet_changed"}
 
 
-def _check_password_fields(user: UserDocument, changes: UserChanges) -> None:
-    """Whether a new password may be set with what the body names. Raises BAD_FIELD."""
-    email = user.email if changes.email is UNSET else changes.email
-    if email is None:
-        raise bad_field("email", "is needed to log in with a password")
-    checked_password(str(changes.password), email)
-    if user.password is None:
-        if changes.current_password is not UNSET:
-            raise bad_field("current_password", "must be absent: no password is set yet")
-    elif changes.current_password is UNSET:
-        raise bad_field("current_password", "is missing")
-
-
-def _differences(user: UserDocument, changes: UserChanges, proofs: _Proofs) -> dict[str, Any]:
+def _differences(user: UserDocument, changes: UserChanges, proven: Proven) -> dict[str, Any]:
     """What is to be stored, the fields that are so already left out."""
     wanted = {"email": changes.email, "tron_address": changes.tron_address, "role": changes.role}
     data = {name: value for name, value in wanted.items() if value not in (UNSET, getattr(user, name))}
-    if proofs.hashed is not None:
-        data["password"] = proofs.hashed
+    if proven.hashed is not None:
+        data["password"] = proven.hashed
     return data
-
-
-def _dead_until(user: UserDocument, now: float) -> dt.datetime:
-    """Up to when the user's tokens die by a change at `now`.
-
-    Beyond the moment of the change before, although that may lie ahead of this worker's clock: a token of the time
-    between the two was issued just behind it.
-    """
-    moment = milliseconds(utc(user_moment(now)))
-    return moment if user.tokens_revoked_at is None else max(moment, user.tokens_revoked_at + _BEHIND)
 
 
 def _as_judged(user: UserDocument) -> dict[str, Any]:
@@ -449,10 +319,6 @@ def _as_judged(user: UserDocument) -> dict[str, Any]:
 
 def _changing() -> GatewayError:
     return GatewayError(ErrorCode.CONFLICT, "This user is being changed by others; try again")
-
-
-def _conflict(*fields: str) -> GatewayError:
-    return GatewayError(ErrorCode.CONFLICT, details={"fields": list(fields)})
 
 
 def _elsewhere(what: str) -> GatewayError:

@@ -15,6 +15,7 @@ from lucid.blueprints.auth import (
     WalletLoginBody,
 )
 from lucid.blueprints.coding import Body, Query
+from lucid.blueprints.users import RegistrationBody
 from lucid.core.validation import checked_address, is_user_id
 from lucid.errors import ErrorCode, GatewayError
 from tests.support.wallet import Wallet
@@ -190,3 +191,17 @@ def test_small_checks() -> None:
     assert checked_address(ADDRESS) == ADDRESS
     assert is_user_id("a-B_9")
     assert not any(is_user_id(text) for text in ("", "a b", "a\n", "é", "a" * 65, "a/b"))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        WalletLoginBody(ADDRESS, "s3cret", "s3cret"),
+        PasswordLoginBody("ann@example.org", "s3cret"),
+        RefreshBody("s3cret"),
+        VerifyBody("s3cret"),
+        RegistrationBody("ann@example.org", "s3cret"),
+    ],
+)
+def test_no_log_can_show_what_a_body_keeps_secret(body: msgspec.Struct) -> None:
+    assert repr(body) == f"{type(body).__name__}(***)"

@@ -36,7 +36,7 @@ def application(worker: Worker, state: State) -> Sanic:
     app.config.AUTO_EXTEND = False
     app.config.TOUCHUP = False  # rewrites Sanic's own classes at start, once per process
     resources = (
-        auth.resource(worker.auth),
+        auth.resource(worker.auth, worker.credentials),
         users.resource(worker.user_service),
         meta.resource(),
         health.resource(

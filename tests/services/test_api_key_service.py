@@ -11,7 +11,7 @@ from lucid.core.security import api_keys as keys
 from lucid.database.documents import UserDocument
 from lucid.errors import ErrorCode, GatewayError
 from lucid.services.api_key_service import MOST_KEYS, NewApiKey
-from lucid.services.login_types import Caller
+from lucid.services.callers import Caller
 from tests.support.accounts import CALLER, Accounts, accounts, database_name, principal_of
 from tests.support.stores import MongoChild, RedisChild
 from tests.support.wallet import Wallet

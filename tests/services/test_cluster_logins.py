@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 
-from lucid.core.exchange import Principal, Role
+from lucid.core.exchange import LookUp, Principal, Role
 from lucid.core.gateway import LEARNED_TOKEN_SECONDS
+from lucid.core.security import api_keys
 from lucid.core.validation import HardwareWalletText
 from lucid.database.documents import UserDocument
 from lucid.errors import ErrorCode, GatewayError
 from lucid.services import cluster_logins
-from lucid.services.auth_service import Caller, TokenPair, TokenReport
+from lucid.services.callers import Caller
+from lucid.services.credentials import TokenReport
+from lucid.services.login_types import TokenPair
 from lucid.services.look_ups import MOST_AT_ONCE, MOST_WAITING
 from lucid.services.revocations import of_user
 from tests.support.auth_cluster import ISSUER, AuthClusterServer, answering, lying
@@ -47,11 +50,15 @@ class World:
         known = worker.judge(token)
         if known is not None:
             return known
-        answer = await worker.auth.look_up_token(token)
+        answer = await worker.credentials.look_up(need_of(token))
         if not isinstance(answer, Principal):
             return answer
         worker.memory.remember(token, answer, self.fleet.now, LEARNED_TOKEN_SECONDS)
         return worker.judge(token)
+
+
+def need_of(token: str, asker: str = "") -> LookUp:
+    return LookUp(api_keys.digest(token), token, asker)
 
 
 Test = Callable[[World], Awaitable[None]]
@@ -313,7 +320,7 @@ def test_what_is_remembered_of_refresh_tokens_is_bounded(run: Run, monkeypatch: 
     monkeypatch.setattr(cluster_logins, "MOST_REMEMBERED", 3)
 
     async def test(world: World) -> None:
-        logins = world.a.auth._cluster_logins
+        logins = world.a.cluster_logins
         assert logins is not None
         pairs = [await world.a.login(Wallet.generate()) for _ in range(5)]
         assert len(logins._owners) == 3
@@ -400,7 +407,7 @@ def test_a_logout_that_failed_there_can_be_tried_again(run: Run) -> None:
 
 def test_a_logout_ends_here_too_whenever_its_caller_hangs_up(run: Run) -> None:
     async def test(world: World) -> None:
-        auth, logins = world.a.auth, world.a.auth._cluster_logins
+        auth, logins = world.a.auth, world.a.cluster_logins
         for at in itertools.count(1):
             wallet = Wallet.generate()
             pair, other = await world.a.login(wallet), await world.b.login(wallet)
@@ -449,7 +456,7 @@ def test_verify_asks_whoever_issued_the_token(run: Run) -> None:
     async def test(world: World) -> None:
         pair = await world.a.login(Wallet.generate())
         assert pair.user is not None
-        report = await world.a.auth.verify(pair.access_token)
+        report = await world.a.credentials.verify(pair.access_token)
         assert (report.active, report.sub, report.iss, report.aud) == (
             True,
             pair.user.user_id,
@@ -458,30 +465,30 @@ def test_verify_asks_whoever_issued_the_token(run: Run) -> None:
         )
         assert (report.iat, report.exp) == (int(world.fleet.now), int(world.fleet.now) + 900)
         # Remembered: not asked again for a minute, then asked again.
-        await world.a.auth.verify(pair.access_token)
+        await world.a.credentials.verify(pair.access_token)
         assert len(world.asked("verify")) == 1
         world.fleet.now += LEARNED_TOKEN_SECONDS
-        assert (await world.a.auth.verify(pair.access_token)).active
+        assert (await world.a.credentials.verify(pair.access_token)).active
         assert len(world.asked("verify")) == 2
         # What is revoked here is not active, whatever the cluster says.
         await world.b.revocations.revoke(of_user(pair.user.user_id, world.fleet.now))
-        assert await world.a.auth.verify(pair.access_token) == TokenReport(active=False)
-        assert await world.b.auth.verify(pair.access_token) == TokenReport(active=False)
+        assert await world.a.credentials.verify(pair.access_token) == TokenReport(active=False)
+        assert await world.b.credentials.verify(pair.access_token) == TokenReport(active=False)
 
         local = world.a.auth._issuer.issue(
             user_id="operator", role=Role.ADMIN, family="by-hand", now=world.fleet.now
         )
         asked = len(world.asked("verify"))
-        report = await world.b.auth.verify(local.token)
+        report = await world.b.credentials.verify(local.token)
         assert (report.active, report.iss, report.aud) == (True, "lucid", "lucid")
         assert len(world.asked("verify")) == asked
         for bad in ("x", "a.b.c", world.server.token(Wallet.generate().address, iss="stranger")):
-            assert await world.a.auth.verify(bad) == TokenReport(active=False)
+            assert await world.a.credentials.verify(bad) == TokenReport(active=False)
         assert len(world.asked("verify")) == asked
 
         other = world.server.token(Wallet.generate().address)
         world.server.stop()
-        assert await outcome(world.a.auth.verify(other)) in AWAY
+        assert await outcome(world.a.credentials.verify(other)) in AWAY
         world.server.start()
 
     run(test)
@@ -490,12 +497,12 @@ def test_verify_asks_whoever_issued_the_token(run: Run) -> None:
 def test_look_ups_of_tokens_are_merged_and_few(run: Run) -> None:
     async def test(world: World) -> None:
         token = world.server.token(Wallet.generate().address)
-        answers = await asyncio.gather(*(world.a.auth.look_up_token(token) for _ in range(100)))
+        answers = await asyncio.gather(*(world.a.credentials.look_up(need_of(token)) for _ in range(100)))
         assert len(world.asked("verify")) == 1
         assert all(isinstance(answer, Principal) for answer in answers)
 
         bad = [world.server.token(Wallet.generate().address, exp=1_000 + n) for n in range(120)]
-        look_ups = (outcome(world.a.auth.look_up_token(each, f"{n}")) for n, each in enumerate(bad))
+        look_ups = (outcome(world.a.credentials.look_up(need_of(each, f"{n}"))) for n, each in enumerate(bad))
         outcomes = Counter(await asyncio.gather(*look_ups))
         assert outcomes == {
             ErrorCode.BAD_CREDENTIAL: MOST_AT_ONCE + MOST_WAITING,
@@ -528,7 +535,8 @@ def test_the_audit_log_of_a_cluster_and_no_secret(run: Run, caplog: pytest.LogCa
 
     with caplog.at_level(logging.DEBUG, logger="lucid"):
         run(test)
-    audited = [record.msg for record in caplog.records if record.name == "lucid.audit"]
-    assert audited == ["login_failed", "login", "revocation"]
+    audited = [record for record in caplog.records if record.name == "lucid.audit"]
+    assert [record.msg for record in audited] == ["login_failed", "login", "revocation"]
+    assert [record.__dict__["audit"].get("method") for record in audited] == ["wallet", "wallet", None]
     everything = repr([record.__dict__ for record in caplog.records])
     assert not [secret for secret in secrets if secret in everything]

@@ -2,15 +2,17 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
-from lucid.core.exchange import Exchange, Limit
+from lucid.core.exchange import Exchange, Limit, Principal, Role
 from lucid.core.rules.leases import LimitSet
 from lucid.core.wire.lease_store import LeaseStore
 from lucid.core.wire.redis_link import RedisLink, new_holder
 from lucid.errors import ErrorCode, GatewayError
+from lucid.services.callers import Caller
 from lucid.services.rate_limit_service import RateLimitService
 from tests.support.stores import RedisChild
 
@@ -121,3 +123,29 @@ def test_the_injected_jitter_is_in_retry_after(run: Callable[..., None]) -> None
         assert 1_000 < int(dict(error.fields)["Retry-After"]) < 1_100
 
     run(test, jitter=1_000.0)
+
+
+def test_a_reset_is_recorded_with_whoever_asked_for_it(
+    run: Callable[[Test], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(service: RateLimitService, store: LeaseStore, link: RedisLink) -> None:
+        await service.charge("refresh", "alice")
+        admin = Principal(Role.ADMIN, "admin", "root", "root")
+        await service.reset("refresh", "alice", admin, Caller("192.0.2.9", "r-9"))
+        assert (await service.look("refresh", "alice")).spent == 0
+        with pytest.raises(GatewayError):
+            await service.reset("unknown", "alice", admin, Caller("192.0.2.9", "r-9"))
+
+    with caplog.at_level(logging.INFO, "lucid.audit"):
+        run(test)
+    told = [record.__dict__["audit"] for record in caplog.records if record.name == "lucid.audit"]
+    assert told == [
+        {
+            "event": "limit_reset",
+            "address": "192.0.2.9",
+            "request_id": "r-9",
+            "user_id": "root",
+            "limit": "refresh",
+            "identifier": "alice",
+        }
+    ]

@@ -26,7 +26,7 @@ from lucid.database.documents import OutboxEntry, SessionDocument
 from lucid.database.session_repository import SessionRepository
 from lucid.errors import away
 from lucid.services import session_outbox
-from lucid.services.auth_service import Caller
+from lucid.services.callers import Caller
 from lucid.services.session_outbox import SessionOutbox, is_done, is_refused, wait_seconds
 from lucid.services.session_service import SessionService
 from tests.support.fake_repositories import FakeSessionRepository

@@ -18,7 +18,7 @@ from lucid.database.connection import Connection
 from lucid.database.documents import OutboxEntry, SessionDocument
 from lucid.database.session_repository import SessionRepository
 from lucid.errors import ErrorCode, GatewayError
-from lucid.services.auth_service import Caller
+from lucid.services.callers import Caller
 from lucid.services.session_service import ENDS, MOVES, ORIGINS, SessionPage, SessionService
 from tests.support.stores import MongoChild, free_port
 

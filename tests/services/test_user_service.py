@@ -13,10 +13,10 @@ from lucid.core.security import passwords
 from lucid.core.security.roles import PERMISSIONS
 from lucid.database.documents import ApiKeyDocument, UserDocument
 from lucid.errors import ErrorCode, GatewayError
+from lucid.services.callers import Caller
 from lucid.services.login_delays import FREE_ACCOUNT_FAILURES
-from lucid.services.login_types import Caller
-from lucid.services.user_rules import UserChanges
-from lucid.services.user_service import MOST_JUDGEMENTS, effective_role
+from lucid.services.user_rules import UserChanges, effective_role
+from lucid.services.user_service import MOST_JUDGEMENTS
 from tests.support.accounts import (
     CALLER,
     EPOCH,
@@ -242,7 +242,7 @@ def test_registration_with_a_real_hash(run_stored: Run) -> None:
     async def test(world: Accounts) -> None:
         from lucid.services.password_hashing import PasswordHashing
 
-        world.service._passwords = PasswordHashing()
+        world.service._passwords = world.proofs._passwords = PasswordHashing()
         await world.service.register("ann@example.org", NEW, CALLER)
         user = await world.users.find_by_email("ann@example.org")
         assert passwords.verify_password(NEW, user.password)
@@ -943,7 +943,7 @@ def test_a_guess_is_recorded_whenever_its_caller_leaves(run: Run, caplog: pytest
         for at in itertools.count(1):
             user = await world.add()
             caplog.clear()
-            hang_up = HangUp(at, (service, "_delays"), (service, "_passwords"))
+            hang_up = HangUp(at, (world.proofs, "_delays"), (world.proofs, "_passwords"))
             call = change(world, user, password=NEW, current_password="a guess")
             hung_up = await hang_up(call, service)
             # Whoever leaves before anybody looks at the password has guessed nothing.
@@ -953,7 +953,7 @@ def test_a_guess_is_recorded_whenever_its_caller_leaves(run: Run, caplog: pytest
         assert hang_up.calls == ["admit", "verify"]
         user = await world.add()
         right = change(world, user, password=NEW, current_password=PASSWORD)
-        hang_up = HangUp(3, (service, "_delays"), (service, "_passwords"))
+        hang_up = HangUp(3, (world.proofs, "_delays"), (world.proofs, "_passwords"))
         assert await hang_up(right, service)
         assert hang_up.calls == ["admit", "verify", "succeeded"]
         assert await world.stored(user.user_id) == user
@@ -1060,7 +1060,11 @@ def test_the_audit_log_tells_what_changed_and_no_secret(run: Run, caplog: pytest
         with pytest.raises(GatewayError):
             await update(user, me, password=PASSWORD, current_password="a wrong one")
         await update(user, me, password=PASSWORD, current_password=NEW)
-        await update(user, me, email="other@example.org", **await world.wallet_proof(wallet))
+        proof = await world.wallet_proof(wallet)
+        for wrong in ({"message": "never given out"}, {"signature": Wallet.generate().sign("x")}):
+            with pytest.raises(GatewayError):
+                await update(user, me, **{**proof, **wrong})
+        await update(user, me, email="other@example.org", **proof)
         with pytest.raises(GatewayError):
             await update(user, me, role="admin")
         await world.service.delete("me", me, caller)
@@ -1086,6 +1090,8 @@ def test_the_audit_log_tells_what_changed_and_no_secret(run: Run, caplog: pytest
         },
         {"event": "password_change_failed", **common},
         {"event": "password_changed", **own},
+        {"event": "wallet_change_failed", **common, "code": ErrorCode.UNKNOWN_CHALLENGE.value},
+        {"event": "wallet_change_failed", **common, "code": ErrorCode.BAD_SIGNATURE.value},
         {
             "event": "role_changed",
             **own,

@@ -24,11 +24,13 @@ from lucid.database.indexes import Indexes
 from lucid.database.refresh_token_repository import RefreshTokenRepository
 from lucid.database.user_repository import UserRepository
 from lucid.services.api_key_service import ApiKeyService
+from lucid.services.callers import Caller
 from lucid.services.challenges import Challenges
 from lucid.services.login_delays import LoginDelays
-from lucid.services.login_types import Caller
 from lucid.services.password_hashing import PasswordHashing
 from lucid.services.revocations import Revocations
+from lucid.services.unbroken import Unbroken
+from lucid.services.user_proofs import UserProofs
 from lucid.services.user_rules import effective_role
 from lucid.services.user_service import UserService
 from lucid.settings import TokenSettings
@@ -101,14 +103,22 @@ class Accounts:
         self.keys = KeyMemory()
         self.challenges = Challenges(self.redis, ORIGIN, self.wall_clock)
         self.revocations = Revocations(self.redis, self.memory, self._publish, self.wall_clock, self.keys)
+        passwords, unbroken = PasswordHashing(self.hasher), Unbroken()
+        self.proofs = UserProofs(
+            users=self.users,
+            challenges=self.challenges,
+            passwords=passwords,
+            delays=LoginDelays(self.redis, self.wall_clock),
+            unbroken=unbroken,
+        )
         self.service = UserService(
             users=self.users,
             refresh_tokens=self.refresh_tokens,
             api_keys=self.api_keys,
             revocations=self.revocations,
-            challenges=self.challenges,
-            passwords=PasswordHashing(self.hasher),
-            delays=LoginDelays(self.redis, self.wall_clock),
+            proofs=self.proofs,
+            passwords=passwords,
+            unbroken=unbroken,
             admin_addresses=admins,
             wall_clock=self.wall_clock,
             registration=registration,

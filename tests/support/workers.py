@@ -25,11 +25,16 @@ from lucid.database.refresh_token_repository import RefreshTokenRepository
 from lucid.database.user_repository import UserRepository
 from lucid.errors import ErrorCode, GatewayError
 from lucid.services.auth_cluster import AuthCluster
-from lucid.services.auth_service import AuthService, Caller, TokenPair
+from lucid.services.auth_service import AuthService
+from lucid.services.callers import Caller
 from lucid.services.challenges import Challenges
+from lucid.services.cluster_logins import ClusterLogins
+from lucid.services.credentials import Credentials
 from lucid.services.login_delays import LoginDelays
+from lucid.services.login_types import TokenPair
 from lucid.services.password_hashing import PasswordHashing
 from lucid.services.revocations import Publish, Revocations
+from lucid.services.user_proofs import UserProofs
 from lucid.services.user_service import UserService
 from lucid.settings import TokenSettings
 from tests.support.auth_cluster import ISSUER, AuthClusterServer
@@ -147,31 +152,54 @@ class Worker:
                 issuers=issuers,
                 wall_clock=fleet.wall_clock,
             )
+        self.credentials = Credentials(
+            users=self.users,
+            api_keys=self.api_keys,
+            memory=self.memory,
+            settings=settings,
+            admin_addresses=admins,
+            cluster=self.cluster,
+            wall_clock=fleet.wall_clock,
+            monotonic=fleet.wall_clock,
+        )
+        self.cluster_logins: ClusterLogins | None = None
+        if self.cluster is not None:
+            self.cluster_logins = ClusterLogins(
+                self.cluster,
+                users=self.users,
+                refresh_tokens=self.refresh_tokens,
+                challenges=self.challenges,
+                revocations=self.revocations,
+                charge=fleet.charge,
+                wall_clock=fleet.wall_clock,
+            )
         self.auth = AuthService(
             users=self.users,
             refresh_tokens=self.refresh_tokens,
-            api_keys=self.api_keys,
             challenges=self.challenges,
             revocations=self.revocations,
             hashing=self.hashing,
             delays=self.delays,
             issuer=TokenIssuer(settings),
-            memory=self.memory,
             settings=settings,
             admin_addresses=admins,
             charge=fleet.charge,
-            cluster=self.cluster,
+            cluster=self.cluster_logins,
             wall_clock=fleet.wall_clock,
-            monotonic=fleet.wall_clock,
         )
+        hashing_anew = PasswordHashing(self.hasher, most_at_once=1, most_waiting=16)
         self.user_service = UserService(
             users=self.users,
             refresh_tokens=self.refresh_tokens,
             api_keys=self.api_keys,
             revocations=self.revocations,
-            challenges=self.challenges,
-            passwords=PasswordHashing(self.hasher, most_at_once=1, most_waiting=16),
-            delays=self.delays,
+            proofs=UserProofs(
+                users=self.users,
+                challenges=self.challenges,
+                passwords=hashing_anew,
+                delays=self.delays,
+            ),
+            passwords=hashing_anew,
             admin_addresses=admins,
             wall_clock=fleet.wall_clock,
             registration=cluster is None,
