@@ -11,23 +11,22 @@ import gc
 import logging
 import os
 import random
-import ssl
 import sys
 import time
 from functools import partial
 from typing import Any
 
-import httpx
 import msgspec
 from sanic import Sanic
 
 from lucid import logs
 from lucid.blueprints import access, answers, auth, docs, health, meta, rate_limits, sessions, users
 from lucid.blueprints import api_keys as api_keys_routes
+from lucid.clusters import backend_answers, balancer_of, breaker_of, client_of, fetch
 from lucid.core.gateway import Gateway
 from lucid.core.policy import Policy
 from lucid.core.rules.addresses import TrustedProxies
-from lucid.core.rules.breaker import BreakerState, CircuitBreaker, Transition
+from lucid.core.rules.breaker import CircuitBreaker
 from lucid.core.rules.cors import Cors
 from lucid.core.rules.framing import MAX_HEAD_BYTES
 from lucid.core.rules.keys import KeyMemory
@@ -39,10 +38,9 @@ from lucid.core.wire.connection import DRAIN_IDLE_SECONDS, Wire
 from lucid.core.wire.control_channel import ControlChannel
 from lucid.core.wire.health import Check, HealthMonitor
 from lucid.core.wire.lease_store import LeaseStore
-from lucid.core.wire.pool import Balancer, Pool
+from lucid.core.wire.pool import Balancer
 from lucid.core.wire.redis_link import RedisLink, new_holder
 from lucid.core.wire.tasks import Tasks
-from lucid.core.wire.transport import PoolTransport
 from lucid.database.api_key_repository import ApiKeyRepository
 from lucid.database.connection import Connection
 from lucid.database.indexes import Indexes
@@ -67,7 +65,7 @@ from lucid.services.signing_keys import SigningKeys
 from lucid.services.unbroken import Unbroken
 from lucid.services.user_proofs import UserProofs
 from lucid.services.user_service import UserService
-from lucid.settings import BackendSettings, Settings
+from lucid.settings import Settings
 from lucid.settings.limits import named_limits
 
 SWEEP_SECONDS = 0.25
@@ -78,9 +76,6 @@ KEY_USES_SECONDS = 60.0
 FIRST_LOOK_SECONDS = 1.0
 """So long a worker that starts waits for what MongoDB knows to be revoked. It serves without, too."""
 REMEMBERED_TOKENS = 50_000
-NO_TIMEOUT_SECONDS = 300.0
-"""What a breaker allows a trial besides the route's timeouts, which begin behind a body that may take long. Every
-exchange settles its permit; this is for the day on which one does not."""
 
 _log = logging.getLogger("lucid.app")
 
@@ -101,9 +96,9 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
 
     # --- what is known and what is decided: core/rules, core/policy ---
     limits = named_limits(settings.rates)
-    backends = {backend.name: _balancer(backend) for backend in settings.backends}
-    breakers = {backend.name: _breaker(backend.name, settings) for backend in settings.backends}
-    signing_keys = SigningKeys(settings.tokens.jwks_url, _fetch)
+    backends = {backend.name: balancer_of(backend) for backend in settings.backends}
+    breakers = {backend.name: breaker_of(backend.name, settings) for backend in settings.backends}
+    signing_keys = SigningKeys(settings.tokens.jwks_url, fetch)
     verifier = TokenVerifier(
         settings.tokens, foreign_issuers=settings.auth_service_issuers, may_fetch=signing_keys.may_fetch
     )
@@ -122,8 +117,8 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
     control = ControlChannel(redis, holder)
     leases = LeaseStore(redis, holder, control, fleet_told=settings.server.workers)
     mongodb = Connection(settings.stores.mongodb_uri)
-    auth_balancer = _balancer(settings.auth_service) if settings.auth_service else None
-    auth_breaker = _breaker("auth-service", settings)
+    auth_balancer = balancer_of(settings.auth_service) if settings.auth_service else None
+    auth_breaker = breaker_of("auth-service", settings)
     indexes = Indexes(mongodb)
 
     # --- what people and operators do: services ---
@@ -204,7 +199,7 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
         wall_clock=time.time,
         unbroken=unbroken,
     )
-    session_cluster = _client(backends["sessions"], breakers["sessions"])
+    session_cluster = client_of(backends["sessions"], breakers["sessions"])
     outbox = SessionOutbox(records, session_cluster)
     session_service = SessionService(records, outbox)
     watch = RevocationWatch(
@@ -253,10 +248,10 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
     checks: dict[str, Check] = {"mongodb": mongodb.ping, "redis": partial(_redis_answers, redis)}
     for backend in settings.backends:
         checks[backend.name] = partial(
-            _backend_answers, backend, backends[backend.name], breakers[backend.name]
+            backend_answers, backend, backends[backend.name], breakers[backend.name]
         )
     if settings.auth_service and auth_balancer:
-        checks["auth-service"] = partial(_backend_answers, settings.auth_service, auth_balancer, auth_breaker)
+        checks["auth-service"] = partial(backend_answers, settings.auth_service, auth_balancer, auth_breaker)
     monitor = HealthMonitor(checks)
     tasks = Tasks()
     serving = False
@@ -334,91 +329,20 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
     return app
 
 
-def _balancer(backend: BackendSettings) -> Balancer:
-    tls = ssl.create_default_context() if any(e.scheme == "https" for e in backend.endpoints) else None
-    pools = [
-        Pool(
-            scheme=endpoint.scheme,
-            host=endpoint.host,
-            port=endpoint.port,
-            max_connections=backend.max_connections,
-            monotonic=time.monotonic,
-            tls=tls,
-        )
-        for endpoint in backend.endpoints
-    ]
-    return Balancer(backend.name, pools, time.monotonic)
-
-
-def _breaker(name: str, settings: Settings) -> CircuitBreaker:
-    circuit = settings.circuit
-    # A trial must have the time that the slowest of the backend's routes gives a request.
-    patience = [
-        route.timeouts.connect + route.timeouts.head for route in settings.routes if route.backend == name
-    ]
-    breaker = CircuitBreaker(
-        name,
-        failure_threshold=circuit.failure_threshold,
-        recovery_timeout=circuit.recovery_seconds,
-        success_threshold=circuit.success_threshold,
-        trial_timeout=max(patience, default=0.0) + NO_TIMEOUT_SECONDS,
-        jitter=random.random,
-    )
-    breaker.subscribe(_say_transition)
-    return breaker
-
-
-def _client(balancer: Balancer, breaker: CircuitBreaker | None) -> httpx.AsyncClient:
-    """How services talk to a cluster: over its pool, under its breaker. No redirects, nothing of the environment."""
-    return httpx.AsyncClient(
-        transport=PoolTransport(balancer, breaker, time.monotonic),
-        base_url=f"http://{balancer.name}",
-        trust_env=False,
-    )
-
-
 def _auth_cluster(
     settings: Settings, balancer: Balancer | None, breaker: CircuitBreaker
 ) -> AuthCluster | None:
     if balancer is None:
         return None
     return AuthCluster(
-        _client(balancer, breaker),
+        client_of(balancer, breaker),
         issuers=settings.auth_service_issuers,
         retry_after=lambda: breaker.retry_after(time.monotonic()),
     )
 
 
-def _say_transition(transition: Transition) -> None:
-    _log.warning(
-        "the breaker of %s went from %s to %s: %s (mode %s)",
-        transition.name,
-        transition.old.value,
-        transition.new.value,
-        transition.reason.value,
-        transition.mode.value,
-    )
-
-
 async def _redis_answers(redis: RedisLink) -> bool:
     return bool(await redis.commands.ping())
-
-
-async def _backend_answers(backend: BackendSettings, balancer: Balancer, breaker: CircuitBreaker) -> bool:
-    """An active check where the backend has a path for it, over the same pool; else what its breaker has seen."""
-    if not backend.health_path:
-        return breaker.snapshot(time.monotonic()).state is BreakerState.CLOSED
-    # No breaker here: a check that it refuses would keep a backend that has recovered away for longer.
-    async with _client(balancer, None) as client:
-        return (await client.get(backend.health_path, timeout=2.0)).is_success
-
-
-async def _fetch(url: str) -> bytes:
-    """The body of a 200 answer, for keys that are kept elsewhere. No proxies of the environment, no redirects."""
-    async with httpx.AsyncClient(trust_env=False, timeout=5.0) as client:
-        response = await client.get(url)
-        response.raise_for_status()
-        return response.content
 
 
 def _utc_now() -> dt.datetime:
