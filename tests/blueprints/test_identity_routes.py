@@ -6,9 +6,7 @@ The gateway's own part, judging before a handler runs, is played by a middleware
 import asyncio
 import datetime as dt
 import itertools
-import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 
 import httpx
 import pytest
@@ -19,6 +17,7 @@ from lucid import __version__
 from lucid.blueprints import auth, health, meta, users
 from lucid.core.exchange import Exchange, Principal
 from lucid.errors import GatewayError, envelope
+from tests.support.served import served
 from tests.support.stores import MongoChild, RedisChild
 from tests.support.wallet import Wallet
 from tests.support.workers import CALLER, Worker, database_name, fleet_of
@@ -59,23 +58,6 @@ def application(worker: Worker, state: State) -> Sanic:
         return raw(body, error.code.status, dict(error.fields), content_type="application/json")
 
     return app
-
-
-@asynccontextmanager
-async def served(app: Sanic) -> AsyncIterator[httpx.AsyncClient]:
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = await app.create_server(sock=listener, return_asyncio_server=True, access_log=False)
-    assert server is not None
-    await server.startup()
-    await server.start_serving()
-    origin = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    try:
-        async with httpx.AsyncClient(base_url=origin, trust_env=False) as client:
-            yield client
-    finally:
-        server.close()
-        await server.wait_closed()
-        Sanic._app_registry.pop(app.name, None)
 
 
 Test = Callable[[httpx.AsyncClient, Worker, State], Awaitable[None]]

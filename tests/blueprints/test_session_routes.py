@@ -6,9 +6,7 @@ The gateway's own part, judging before a handler runs, is played by a middleware
 import asyncio
 import datetime as dt
 import itertools
-import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
@@ -23,6 +21,7 @@ from lucid.database.connection import Connection
 from lucid.database.session_repository import SessionRepository
 from lucid.errors import ErrorCode, GatewayError, envelope
 from lucid.services.session_service import SessionService
+from tests.support.served import served
 from tests.support.stores import MongoChild
 
 PATH = "/api/v1/sessions"
@@ -57,23 +56,6 @@ def application(service: SessionService) -> Sanic[Any, Any]:
         return raw(body, error.code.status, dict(error.fields), content_type="application/json")
 
     return app
-
-
-@asynccontextmanager
-async def served(app: Sanic[Any, Any]) -> AsyncIterator[httpx.AsyncClient]:
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = await app.create_server(sock=listener, return_asyncio_server=True, access_log=False)
-    assert server is not None
-    await server.startup()  # type: ignore[no-untyped-call]
-    await server.start_serving()  # type: ignore[no-untyped-call]
-    origin = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    try:
-        async with httpx.AsyncClient(base_url=origin, trust_env=False) as client:
-            yield client
-    finally:
-        server.close()  # type: ignore[no-untyped-call]
-        await server.wait_closed()  # type: ignore[no-untyped-call]
-        Sanic._app_registry.pop(app.name, None)
 
 
 class Api:

@@ -1,7 +1,6 @@
 import asyncio
 import datetime as dt
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -12,50 +11,24 @@ from lucid.database.documents import UserDocument
 from lucid.errors import ErrorCode, GatewayError
 from lucid.services.api_key_service import MOST_KEYS, NewApiKey
 from lucid.services.callers import Caller
-from tests.support.accounts import CALLER, Accounts, accounts, database_name, principal_of
+from tests.support.accounts import CALLER, Accounts, Run, principal_of, runner
+from tests.support.outcomes import refused
 from tests.support.stores import MongoChild, RedisChild
 from tests.support.wallet import Wallet
 
 ROLES = ("user", "node_operator", "admin", "super_admin")
 
-Test = Callable[[Accounts], Awaitable[None]]
-Run = Callable[..., None]
-
 
 @pytest.fixture
 def run(redis_server: RedisChild) -> Run:
     """Over stores in memory: for what does not depend on the store."""
-
-    def runner(test: Test, **options: Any) -> None:
-        async def main() -> None:
-            async with accounts(redis_server.uri, **options) as world:
-                await test(world)
-
-        asyncio.run(main())
-
-    return runner
+    return runner(redis_server)
 
 
 @pytest.fixture
 def run_stored(mongo: MongoChild, redis_server: RedisChild) -> Run:
     """Over a real database."""
-
-    def runner(test: Test, **options: Any) -> None:
-        async def main() -> None:
-            uri = mongo.in_database(database_name())
-            async with accounts(redis_server.uri, uri, **options) as world:
-                await test(world)
-
-        asyncio.run(main())
-
-    return runner
-
-
-async def refused(call: Coroutine[Any, Any, object], code: ErrorCode) -> GatewayError:
-    with pytest.raises(GatewayError) as caught:
-        await call
-    assert caught.value.code is code
-    return caught.value
+    return runner(redis_server, mongo)
 
 
 async def make(
@@ -134,11 +107,11 @@ def test_a_keys_role_is_no_higher_than_its_owners(run: Run, owner: str) -> None:
             if number <= highest:
                 assert (await make(world, user, role)).role == role
             else:
-                await refused(make(world, user, role), ErrorCode.ROLE_TOO_LOW)
+                await refused(ErrorCode.ROLE_TOO_LOW, make(world, user, role))
         # Nor than that of the token that makes it, whatever is stored.
         for number, role in enumerate(ROLES):
             if number:
-                await refused(make(world, user, role, acts_as="user"), ErrorCode.ROLE_TOO_LOW)
+                await refused(ErrorCode.ROLE_TOO_LOW, make(world, user, role, acts_as="user"))
         assert (await make(world, user, "user", acts_as="user")).role == "user"
 
     run(test, admins=frozenset({wallet.address}))
@@ -147,8 +120,8 @@ def test_a_keys_role_is_no_higher_than_its_owners(run: Run, owner: str) -> None:
 def test_a_token_that_is_older_than_its_owners_fall_makes_no_strong_key(run: Run) -> None:
     async def test(world: Accounts) -> None:
         user = await world.add()
-        await refused(make(world, user, "admin", acts_as="super_admin"), ErrorCode.ROLE_TOO_LOW)
-        await refused(make(world, user, "node_operator", acts_as="super_admin"), ErrorCode.ROLE_TOO_LOW)
+        await refused(ErrorCode.ROLE_TOO_LOW, make(world, user, "admin", acts_as="super_admin"))
+        await refused(ErrorCode.ROLE_TOO_LOW, make(world, user, "node_operator", acts_as="super_admin"))
 
     run(test)
 
@@ -158,9 +131,9 @@ def test_keys_are_managed_with_a_token_from_a_login_only(run: Run) -> None:
         user = await world.add("super_admin")
         made = await make(world, user)
         by_key = world.principal(user, "api_key")
-        await refused(make(world, user, via="api_key"), ErrorCode.ROLE_TOO_LOW)
-        await refused(world.key_service.list_keys(1, 20, by_key), ErrorCode.ROLE_TOO_LOW)
-        await refused(world.key_service.revoke(made.key_id, by_key, CALLER), ErrorCode.ROLE_TOO_LOW)
+        await refused(ErrorCode.ROLE_TOO_LOW, make(world, user, via="api_key"))
+        await refused(ErrorCode.ROLE_TOO_LOW, world.key_service.list_keys(1, 20, by_key))
+        await refused(ErrorCode.ROLE_TOO_LOW, world.key_service.revoke(made.key_id, by_key, CALLER))
         page = await world.key_service.list_keys(1, 20, world.principal(user))
         assert [key.key_id for key in page.items] == [made.key_id]
 
@@ -172,7 +145,7 @@ def test_a_key_needs_an_owner_who_is_stored_and_live(run_stored: Run) -> None:
         user = await world.add()
         await world.users.delete(user.user_id, revoke_tokens_at=world.utc_now())
         for principal in (world.principal(user), principal_of("minted-by-hand", Role.SUPER_ADMIN)):
-            await refused(world.key_service.create("n", "user", None, principal, CALLER), ErrorCode.NOT_FOUND)
+            await refused(ErrorCode.NOT_FOUND, world.key_service.create("n", "user", None, principal, CALLER))
             assert await world.api_keys.count_live(principal.user_id) == 0
 
     run_stored(test)
@@ -193,7 +166,7 @@ def test_a_key_needs_an_owner_who_is_stored_and_live(run_stored: Run) -> None:
 def test_fields(run: Run, fields: dict[str, Any], field: str) -> None:
     async def test(world: Accounts) -> None:
         user = await world.add()
-        error = await refused(make(world, user, **fields), ErrorCode.BAD_FIELD)
+        error = await refused(ErrorCode.BAD_FIELD, make(world, user, **fields))
         assert error.details["field"] == field
         assert await world.api_keys.count_live(user.user_id) == 0
 
@@ -209,7 +182,7 @@ def test_an_expiry_in_another_zone_is_the_same_moment(run: Run) -> None:
         assert made.expires_at == "2030-01-01T01:00:00Z"
         past = world.utc_now().replace(tzinfo=zone)  # five hours ago
         await refused(
-            world.key_service.create("n", "user", past, world.principal(user), CALLER), ErrorCode.BAD_FIELD
+            ErrorCode.BAD_FIELD, world.key_service.create("n", "user", past, world.principal(user), CALLER)
         )
 
     run(test)
@@ -219,12 +192,12 @@ def test_fifty_keys_are_the_most(run: Run) -> None:
     async def test(world: Accounts) -> None:
         user, other = await world.add(), await world.add()
         made = [await make(world, user, seconds=60) for _ in range(MOST_KEYS)]
-        error = await refused(make(world, user), ErrorCode.CONFLICT)
+        error = await refused(ErrorCode.CONFLICT, make(world, user))
         assert error.details == {"limit": 50}
         await make(world, other)
         await world.key_service.revoke(made[0].key_id, world.principal(user), CALLER)
         await make(world, user)
-        await refused(make(world, user), ErrorCode.CONFLICT)
+        await refused(ErrorCode.CONFLICT, make(world, user))
         world.now += 61
         await make(world, user)  # the others have expired
 
@@ -263,7 +236,7 @@ def test_an_ended_key_is_dead_here_and_everywhere(run_stored: Run) -> None:
             world.key_service.revoke("", world.principal(user), CALLER),
             world.key_service.revoke("$ne", world.principal(user), CALLER),
         ):
-            assert str(await refused(call, ErrorCode.NOT_FOUND)) == "No such API key"
+            assert str(await refused(ErrorCode.NOT_FOUND, call)) == "No such API key"
         assert world.published == []
         assert world.keys.get(digest, 0.0) is not None
 
@@ -274,7 +247,7 @@ def test_an_ended_key_is_dead_here_and_everywhere(run_stored: Run) -> None:
         (message,) = world.published
         assert message == {"key": digest.hex(), "until": world.now + 60}
         await refused(
-            world.key_service.revoke(made.key_id, world.principal(user), CALLER), ErrorCode.NOT_FOUND
+            ErrorCode.NOT_FOUND, world.key_service.revoke(made.key_id, world.principal(user), CALLER)
         )
 
     run_stored(test)

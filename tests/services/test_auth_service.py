@@ -27,6 +27,7 @@ from lucid.services.revocations import KEY, USERS_KEY, Revocation, Revocations, 
 from lucid.services.user_rules import UserChanges
 from lucid.settings import RateSettings, TokenSettings
 from tests.support.hang_ups import HangUp, audited
+from tests.support.outcomes import outcome, refused
 from tests.support.stores import MongoChild, RedisChild
 from tests.support.wallet import Wallet
 from tests.support.workers import CALLER, SETTINGS, Fleet, Worker, database_name, fleet_of
@@ -49,21 +50,6 @@ def run(mongo: MongoChild, redis_server: RedisChild) -> Run:
         asyncio.run(main())
 
     return runner
-
-
-async def refused(code: ErrorCode, awaitable: Coroutine[Any, Any, Any]) -> GatewayError:
-    with pytest.raises(GatewayError) as caught:
-        await awaitable
-    assert caught.value.code is code
-    return caught.value
-
-
-async def outcome(awaitable: Coroutine[Any, Any, Any]) -> Any:
-    """The answer, or the code of the error."""
-    try:
-        return await awaitable
-    except GatewayError as error:
-        return error.code
 
 
 def after(place: Any, name: str, event: Callable[..., Awaitable[None]]) -> None:

@@ -5,7 +5,7 @@ import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from lucid.core.gateway import LEARNED_TOKEN_SECONDS
 from lucid.core.security import api_keys
 from lucid.core.validation import HardwareWalletText
 from lucid.database.documents import UserDocument
-from lucid.errors import ErrorCode, GatewayError
+from lucid.errors import ErrorCode
 from lucid.services import cluster_logins
 from lucid.services.callers import Caller
 from lucid.services.credentials import TokenReport
@@ -24,6 +24,7 @@ from lucid.services.look_ups import MOST_AT_ONCE, MOST_WAITING
 from lucid.services.revocations import of_user
 from tests.support.auth_cluster import ISSUER, AuthClusterServer, answering, lying
 from tests.support.hang_ups import HangUp
+from tests.support.outcomes import outcome, refused
 from tests.support.servers import Reply
 from tests.support.stores import MongoChild, RedisChild
 from tests.support.wallet import Wallet
@@ -78,20 +79,6 @@ def run(mongo: MongoChild, redis_server: RedisChild) -> Run:
         asyncio.run(main())
 
     return runner
-
-
-async def refused(code: ErrorCode, awaitable: Coroutine[Any, Any, Any]) -> GatewayError:
-    with pytest.raises(GatewayError) as caught:
-        await awaitable
-    assert caught.value.code is code
-    return caught.value
-
-
-async def outcome(awaitable: Coroutine[Any, Any, Any]) -> Any:
-    try:
-        return await awaitable
-    except GatewayError as error:
-        return error.code
 
 
 # ---- login

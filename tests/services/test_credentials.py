@@ -3,7 +3,7 @@
 import asyncio
 import datetime as dt
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -16,6 +16,7 @@ from lucid.errors import ErrorCode, GatewayError
 from lucid.services import credentials
 from lucid.services.credentials import TokenReport
 from lucid.services.look_ups import MOST_AT_ONCE, MOST_WAITING
+from tests.support.outcomes import outcome
 from tests.support.stores import MongoChild, RedisChild
 from tests.support.wallet import Wallet
 from tests.support.workers import CALLER, Fleet, Worker, database_name, fleet_of
@@ -35,14 +36,6 @@ def run(mongo: MongoChild, redis_server: RedisChild) -> Run:
         asyncio.run(main())
 
     return runner
-
-
-async def outcome(awaitable: Coroutine[Any, Any, Any]) -> Any:
-    """The answer, or the code of the error."""
-    try:
-        return await awaitable
-    except GatewayError as error:
-        return error.code
 
 
 def test_verify_and_status(run: Run) -> None:

@@ -22,60 +22,36 @@ from tests.support.accounts import (
     EPOCH,
     PASSWORD,
     Accounts,
+    Run,
     accounts,
     database_name,
     principal_of,
     quick_hash,
+    runner,
 )
 from tests.support.hang_ups import HangUp, audited
+from tests.support.outcomes import refused
 from tests.support.stores import MongoChild, RedisChild
 from tests.support.wallet import Wallet
 
 NEW = "another password"
 
-Test = Callable[[Accounts], Awaitable[None]]
-Run = Callable[..., None]
-
 
 @pytest.fixture
 def run(redis_server: RedisChild) -> Run:
     """Over stores in memory: for what does not depend on the store."""
-
-    def runner(test: Test, **options: Any) -> None:
-        async def main() -> None:
-            async with accounts(redis_server.uri, **options) as world:
-                await test(world)
-
-        asyncio.run(main())
-
-    return runner
+    return runner(redis_server)
 
 
 @pytest.fixture
 def run_stored(mongo: MongoChild, redis_server: RedisChild) -> Run:
     """Over a real database."""
-
-    def runner(test: Test, **options: Any) -> None:
-        async def main() -> None:
-            uri = mongo.in_database(database_name())
-            async with accounts(redis_server.uri, uri, **options) as world:
-                await test(world)
-
-        asyncio.run(main())
-
-    return runner
-
-
-async def refused(call: Coroutine[Any, Any, object], code: ErrorCode) -> GatewayError:
-    with pytest.raises(GatewayError) as caught:
-        await call
-    assert caught.value.code is code
-    return caught.value
+    return runner(redis_server, mongo)
 
 
 async def bad(call: Coroutine[Any, Any, object]) -> str:
     """The field that is at fault."""
-    return str((await refused(call, ErrorCode.BAD_FIELD)).details["field"])
+    return str((await refused(ErrorCode.BAD_FIELD, call)).details["field"])
 
 
 def change(world: Accounts, user: UserDocument, by: Principal | None = None, **fields: Any) -> Any:
@@ -116,7 +92,7 @@ def test_self_and_admins_see_a_user_and_nobody_else(run_stored: Run) -> None:
             get("$ne", admin),
             get("", admin),
         ):
-            assert str(await refused(call, ErrorCode.NOT_FOUND)) == "No such user"
+            assert str(await refused(ErrorCode.NOT_FOUND, call)) == "No such user"
 
     run_stored(test)
 
@@ -176,7 +152,7 @@ def test_admins_list_users_by_page_and_filter(run_stored: Run) -> None:
 
         assert await bad(world.service.list_users(1, 1, by, tron_address="T" + "1" * 33)) == "tron_address"
         for role in (Role.USER, Role.NODE_OPERATOR):
-            await refused(world.service.list_users(1, 1, principal_of("y", role)), ErrorCode.ROLE_TOO_LOW)
+            await refused(ErrorCode.ROLE_TOO_LOW, world.service.list_users(1, 1, principal_of("y", role)))
 
     run_stored(test, admins=frozenset({listed.address}))
 
@@ -194,7 +170,7 @@ def test_registration_makes_a_plain_user(run_stored: Run) -> None:
         assert world.hasher.hashed == [NEW]
         assert await world.service.get("me", world.principal(user)) == view
 
-        error = await refused(world.service.register("aNN@example.ORG", NEW, CALLER), ErrorCode.CONFLICT)
+        error = await refused(ErrorCode.CONFLICT, world.service.register("aNN@example.ORG", NEW, CALLER))
         assert error.details == {"fields": ["email"]}
         assert world.hasher.hashed == [NEW]  # a conflict that is known costs no hash
         await world.service.delete("me", world.principal(user), CALLER)
@@ -256,8 +232,8 @@ def test_registration_with_a_real_hash(run_stored: Run) -> None:
 def test_emails_and_passwords_may_be_the_clusters_business(run: Run) -> None:
     async def test(world: Accounts) -> None:
         user = await world.add()
-        await refused(world.service.register("ann@example.org", NEW, CALLER), ErrorCode.NOT_IMPLEMENTED)
-        await refused(change(world, user, password=NEW, current_password=PASSWORD), ErrorCode.NOT_IMPLEMENTED)
+        await refused(ErrorCode.NOT_IMPLEMENTED, world.service.register("ann@example.org", NEW, CALLER))
+        await refused(ErrorCode.NOT_IMPLEMENTED, change(world, user, password=NEW, current_password=PASSWORD))
         assert (await change(world, user, email="ann@example.org")).email == "ann@example.org"
         assert await world.stored(user.user_id) == msgspec.structs.replace(
             user, email="ann@example.org", email_key="ann@example.org"
@@ -482,7 +458,7 @@ def test_a_new_password_ends_tokens_and_logins(run_stored: Run) -> None:
 
         for wrong in (PASSWORD, "", NEW + " "):
             error = await refused(
-                change(world, stored, password=PASSWORD, current_password=wrong), ErrorCode.BAD_CREDENTIAL
+                ErrorCode.BAD_CREDENTIAL, change(world, stored, password=PASSWORD, current_password=wrong)
             )
             assert error.details == {"field": "current_password"}
         await change(world, stored, password=PASSWORD, current_password=NEW)
@@ -508,16 +484,16 @@ def test_guessing_the_current_password_gets_slower(run: Run) -> None:
         user = await world.add()
         for number in range(FREE_ACCOUNT_FAILURES + 1):
             await refused(
-                change(world, user, password=NEW, current_password=f"guess {number}"),
                 ErrorCode.BAD_CREDENTIAL,
+                change(world, user, password=NEW, current_password=f"guess {number}"),
             )
         right = {"password": NEW, "current_password": PASSWORD}
-        await refused(change(world, user, **right), ErrorCode.RATE_LIMITED)
+        await refused(ErrorCode.RATE_LIMITED, change(world, user, **right))
         assert len(world.hasher.verified) == FREE_ACCOUNT_FAILURES + 1
         world.now += 1
         await change(world, user, **right)
         # The success has cleared the count.
-        await refused(change(world, user, password=NEW, current_password=PASSWORD), ErrorCode.BAD_CREDENTIAL)
+        await refused(ErrorCode.BAD_CREDENTIAL, change(world, user, password=NEW, current_password=PASSWORD))
 
     run(test)
 
@@ -526,7 +502,7 @@ def test_an_email_changes_by_itself(run_stored: Run) -> None:
     async def test(world: Accounts) -> None:
         user, other = await world.add(), await world.add()
         token, family = world.login(user), await world.family(user)
-        error = await refused(change(world, user, email=str(other.email).upper()), ErrorCode.CONFLICT)
+        error = await refused(ErrorCode.CONFLICT, change(world, user, email=str(other.email).upper()))
         assert error.details == {"fields": ["email"]}
         assert (await change(world, user, email=str(user.email).upper())).email == str(user.email).upper()
         assert (await change(world, user, email="new@example.org")).email == "new@example.org"
@@ -546,23 +522,23 @@ def test_a_change_is_whole_or_nothing(run: Run) -> None:
         wallet = Wallet.generate()
         proof = await world.wallet_proof(wallet)
         new = {"password": NEW, "current_password": PASSWORD}
-        error = await refused(change(world, user, email=other.email, **new, **proof), ErrorCode.CONFLICT)
+        error = await refused(ErrorCode.CONFLICT, change(world, user, email=other.email, **new, **proof))
         assert error.details == {"fields": ["email"]}
         await refused(
-            change(world, user, email="new@example.org", **new, **{**proof, "signature": "00" * 65}),
             ErrorCode.BAD_SIGNATURE,
+            change(world, user, email="new@example.org", **new, **{**proof, "signature": "00" * 65}),
         )
         assert await bad(change(world, user, email=other.email, password=NEW, **proof)) == "current_password"
         # What cannot be is told before anything is hashed, and is no guess.
         assert world.hasher.verified == []
         assert await world.redis.keys("lucid:login_failures:*") == []
         await refused(
-            change(world, user, email="new@example.org", password=NEW, current_password="x", **proof),
             ErrorCode.BAD_CREDENTIAL,
+            change(world, user, email="new@example.org", password=NEW, current_password="x", **proof),
         )
         await refused(
-            change(world, user, email="new@example.org", **new, **{**proof, "message": "other"}),
             ErrorCode.UNKNOWN_CHALLENGE,
+            change(world, user, email="new@example.org", **new, **{**proof, "message": "other"}),
         )
         assert await world.stored(user.user_id) == user
         assert world.judge(token).user_id == user.user_id
@@ -609,17 +585,17 @@ def test_an_address_needs_a_fresh_challenge_that_its_wallet_has_signed(run_store
             ({**proof, "message": proof["message"] + " "}, ErrorCode.UNKNOWN_CHALLENGE),
             ({**proof, "tron_address": strange.address}, ErrorCode.UNKNOWN_CHALLENGE),
         ):
-            await refused(change(world, user, **fields), code)
+            await refused(code, change(world, user, **fields))
         # None of these has spent it.
         assert (await change(world, user, **proof)).tron_address == new.address
         assert await world.users.find_by_tron_address(old.address) is None
         assert world.judge(token).user_id == user.user_id  # the role is what it was
         other = await world.add()
-        await refused(change(world, other, **proof), ErrorCode.UNKNOWN_CHALLENGE)  # spent
-        await refused(change(world, user, **proof), ErrorCode.UNKNOWN_CHALLENGE)
+        await refused(ErrorCode.UNKNOWN_CHALLENGE, change(world, other, **proof))  # spent
+        await refused(ErrorCode.UNKNOWN_CHALLENGE, change(world, user, **proof))
 
         proof = await world.wallet_proof(new)
-        error = await refused(change(world, other, **proof), ErrorCode.CONFLICT)
+        error = await refused(ErrorCode.CONFLICT, change(world, other, **proof))
         assert error.details == {"fields": ["tron_address"]}
         await world.service.delete("me", world.principal(user), CALLER)
         # The conflict has not spent it, and a deleted user's address is free.
@@ -627,7 +603,7 @@ def test_an_address_needs_a_fresh_challenge_that_its_wallet_has_signed(run_store
 
         proof = await world.wallet_proof(strange)
         await world.redis.flushall()  # it has expired
-        await refused(change(world, other, **proof), ErrorCode.UNKNOWN_CHALLENGE)
+        await refused(ErrorCode.UNKNOWN_CHALLENGE, change(world, other, **proof))
 
     run_stored(test)
 
@@ -711,7 +687,7 @@ def test_who_has_become_an_admin_meanwhile_is_judged_as_one(run_stored: Run) -> 
         just_before(world, "update", lambda: update(user.user_id, {"role": "admin"}))
         for fields in ({"email": "new@example.org"}, {"role": "node_operator"}):
             await refused(
-                change(world, user, principal_of("x", Role.ADMIN), **fields), ErrorCode.ROLE_TOO_LOW
+                ErrorCode.ROLE_TOO_LOW, change(world, user, principal_of("x", Role.ADMIN), **fields)
             )
         stored = await world.stored(user.user_id)
         assert (stored.role, stored.email) == ("admin", user.email)
@@ -724,7 +700,7 @@ def test_a_password_that_was_changed_meanwhile_is_not_current_any_more(run_store
         user = await world.add()
         update = world.users.update
         just_before(world, "update", lambda: update(user.user_id, {"password": quick_hash("third")}))
-        await refused(change(world, user, password=NEW, current_password=PASSWORD), ErrorCode.BAD_CREDENTIAL)
+        await refused(ErrorCode.BAD_CREDENTIAL, change(world, user, password=NEW, current_password=PASSWORD))
         assert (await world.stored(user.user_id)).password == quick_hash("third")
 
     run_stored(test)
@@ -756,7 +732,7 @@ def test_who_never_stands_still_is_a_conflict(run: Run) -> None:
             *(lambda role=role: update(user.user_id, {"role": role}) for role in roles[:MOST_JUDGEMENTS]),
         )
         by = principal_of("x", Role.ADMIN)
-        await refused(change(world, user, by, email="new@example.org"), ErrorCode.CONFLICT)
+        await refused(ErrorCode.CONFLICT, change(world, user, by, email="new@example.org"))
         assert (await world.stored(user.user_id)).email == user.email
         await change(world, user, by, email="new@example.org")
 
@@ -777,7 +753,7 @@ def test_deleted_meanwhile_is_not_there(run: Run) -> None:
                 await delete(user.user_id, revoke_tokens_at=world.utc_now())
 
             just_before(world, name, remove)
-            await refused(call(user), ErrorCode.NOT_FOUND)
+            await refused(ErrorCode.NOT_FOUND, call(user))
 
     run(test)
 
@@ -844,7 +820,7 @@ def test_a_password_that_could_not_be_written_has_ended_logins_and_nothing_else(
         token, family = world.login(user), await world.family(user)
         real, world.users.update = world.users.update, failing(world.users.update)
         fields = {"password": NEW, "current_password": PASSWORD}
-        await refused(change(world, user, **fields), ErrorCode.DEPENDENCY_AWAY)
+        await refused(ErrorCode.DEPENDENCY_AWAY, change(world, user, **fields))
         assert await world.stored(user.user_id) == user
         assert world.judge(token).user_id == user.user_id
         assert not await world.family_lives(family)
@@ -859,7 +835,7 @@ def test_a_password_is_not_written_while_logins_cannot_be_ended(run: Run) -> Non
     async def test(world: Accounts) -> None:
         user = await world.add()
         world.refresh_tokens.revoke_user = failing(world.refresh_tokens.revoke_user)
-        await refused(change(world, user, password=NEW, current_password=PASSWORD), ErrorCode.DEPENDENCY_AWAY)
+        await refused(ErrorCode.DEPENDENCY_AWAY, change(world, user, password=NEW, current_password=PASSWORD))
         assert await world.stored(user.user_id) == user
 
     run(test)
@@ -1003,9 +979,9 @@ def test_a_deleted_user_is_gone_with_all_that_was_theirs(run_stored: Run) -> Non
         assert await world.api_keys.find_by_digest(key.digest) is None
         assert world.keys.get(key.digest, 0.0) is None
         for by in (world.principal(user), principal_of("x", Role.SUPER_ADMIN)):
-            await refused(world.service.delete(user.user_id, by, CALLER), ErrorCode.NOT_FOUND)
-            await refused(world.service.get(user.user_id, by), ErrorCode.NOT_FOUND)
-            await refused(change(world, user, by, email="new@example.org"), ErrorCode.NOT_FOUND)
+            await refused(ErrorCode.NOT_FOUND, world.service.delete(user.user_id, by, CALLER))
+            await refused(ErrorCode.NOT_FOUND, world.service.get(user.user_id, by))
+            await refused(ErrorCode.NOT_FOUND, change(world, user, by, email="new@example.org"))
         assert world.connection is not None
         row = await world.connection.database["users"].find_one({"_id": user.user_id})
         assert row is not None

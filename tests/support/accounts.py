@@ -3,9 +3,10 @@
 Challenges, revocations and delays are the real ones on a real Redis, and time is `now`; only hashing is quick.
 """
 
+import asyncio
 import datetime as dt
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -39,6 +40,7 @@ from tests.support.fake_repositories import (
     FakeRefreshTokenRepository,
     FakeUserRepository,
 )
+from tests.support.stores import MongoChild, RedisChild
 from tests.support.wallet import Wallet
 
 EPOCH = 1_893_456_000.5
@@ -227,3 +229,21 @@ async def accounts(redis_uri: str, mongodb_uri: str = "", **options: Any) -> Asy
 def database_name() -> str:
     """A name that no other test has."""
     return f"accounts_{next(_numbers)}"
+
+
+Test = Callable[[Accounts], Awaitable[None]]
+Run = Callable[..., None]
+
+
+def runner(redis_server: RedisChild, mongo: MongoChild | None = None) -> Run:
+    """Runs a test in a world of its own: over stores in memory, or over a database."""
+
+    def run(test: Test, **options: Any) -> None:
+        async def main() -> None:
+            uri = "" if mongo is None else mongo.in_database(database_name())
+            async with accounts(redis_server.uri, uri, **options) as world:
+                await test(world)
+
+        asyncio.run(main())
+
+    return run
