@@ -7,6 +7,7 @@ while something is revoked; what is measured counts from the answer to whoever r
 
 import asyncio
 import itertools
+import math
 import os
 import shutil
 import signal
@@ -44,7 +45,13 @@ from tests.support.wallet import Wallet
 T = TypeVar("T")
 
 BOUND_SECONDS = 1.0
-PUSHED_SECONDS = 0.2
+"""What is promised. `-s` prints what it took; docs/identity.md has the figures of an undisturbed machine."""
+BUSY_SECONDS = 2.0
+"""What a busy machine may add before a test fails: the question is whether the news comes, not by a question that would
+have been asked anyway, half a minute later, or never.
+"""
+PUSHED_SECONDS = 0.5
+"""The median where the channel brings it: without, it comes when MongoDB is asked."""
 WORKERS = 2
 NEW_POD_SECONDS = 0.7
 """For so long a pod that starts is asked from its first answer on: by then it knows, or never will."""
@@ -355,8 +362,8 @@ class Fleet:
         )
         print(told)
         assert not [odd for p in probes for odd in p.odd], (told, [p.odd for p in probes])
-        worst = max(within + 1.0 if t is None else t for t in took.values())
-        assert worst <= within, told
+        worst = max(math.inf if t is None else t for t in took.values())
+        assert worst <= within + BUSY_SECONDS, told
         return worst
 
     def assert_dead(self, case: Case) -> None:

@@ -644,7 +644,7 @@ async def test_an_answer_in_drops_ends_with_the_call_s_deadline() -> None:
         began = time.monotonic()
         error = await error_of(b.login())
         assert error.code is ErrorCode.BACKEND_TIMEOUT
-        assert 0.35 < time.monotonic() - began < 2.0
+        assert 0.35 < time.monotonic() - began < 4.5  # the drops go on for 5 s
         await b.until(lambda: b.pool.open == 0)
 
 
