@@ -44,17 +44,29 @@ def run(environ: Mapping[str, str], *, host: str, port: int, workers: int, data:
     env = with_kept_secret(env, data, make=True)
     settings = load_settings(env)  # Before anything is started: a fault is cheap here.
 
-    def on_sigterm(*_: object) -> None:
+    asked_to_stop = False
+
+    def on_signal(*_: object) -> None:
+        nonlocal asked_to_stop
+        asked_to_stop = True
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, on_sigterm)
+    def go_on() -> None:
+        """Python drops what is raised while it runs a finalizer, so a Ctrl-C may have gone by unseen."""
+        if asked_to_stop:
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_only_one(data))
         listener = stack.enter_context(bind(settings.server))
         places = _start_stores(stack, env, data)
+        go_on()
         if demo:
             places += _start_backends(stack, env)
         settings = load_settings(env)
+        go_on()
         return serve(settings, listener=listener, on_ready=lambda: _announce(settings, places, data))
 
 
