@@ -17,6 +17,7 @@ from lucid.services.auth_service import AuthService
 from lucid.services.callers import Caller
 from lucid.services.challenges import Challenges
 from lucid.services.revocations import Revocations
+from lucid.services.unbroken import Unbroken
 from lucid.settings import TokenSettings
 from tests.support.fake_repositories import (
     FakeRefreshTokenRepository,
@@ -83,6 +84,7 @@ async def wallet_logins(count: int) -> tuple[float, float]:
         settings=SETTINGS,
         admin_addresses=frozenset(),
         charge=charge,
+        unbroken=Unbroken(),
     )
     wallets = [Wallet.generate() for _ in range(WALLETS)]
     began = time.process_time()

@@ -65,14 +65,14 @@ class ApiKeyService:
         revocations: Revocations,
         admin_addresses: frozenset[str],
         wall_clock: Callable[[], float],
-        unbroken: Unbroken | None = None,
+        unbroken: Unbroken,
     ) -> None:
         self._api_keys = api_keys
         self._users = users
         self._revocations = revocations
         self._admin_addresses = admin_addresses
         self._wall_clock = wall_clock
-        self._unbroken = unbroken or Unbroken()
+        self._unbroken = unbroken
 
     async def create(
         self,

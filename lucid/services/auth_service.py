@@ -88,7 +88,7 @@ class AuthService:
         admin_addresses: frozenset[str],
         charge: Charge,
         cluster: ClusterLogins | None = None,
-        unbroken: Unbroken | None = None,
+        unbroken: Unbroken,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """`cluster` gives the tokens instead of `issuer`."""
@@ -103,7 +103,7 @@ class AuthService:
         self._admin_addresses = admin_addresses
         self._charge = charge
         self._cluster = cluster
-        self._unbroken = unbroken or Unbroken()
+        self._unbroken = unbroken
         self._wall_clock = wall_clock
 
     # --- logging in ------------------------------------------------------------------------------------

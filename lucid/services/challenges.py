@@ -23,6 +23,7 @@ from lucid.core.security import nonces
 from lucid.core.security.tron import CHAIN_ID, SIGN_IN
 from lucid.core.validation import Moment
 from lucid.errors import rfc3339
+from lucid.services.callers import utc
 from lucid.services.stores import redis_border
 
 STATEMENT: Final = "Sign in to Lucid. This costs nothing and sends no transaction."
@@ -60,7 +61,7 @@ class Challenges:
         """A new challenge for this wallet, kept for five minutes. `requester` is the asker's whole network address."""
         now = self._wall_clock()
         nonce = nonces.challenge_nonce()
-        issued = dt.datetime.fromtimestamp(now, dt.UTC)
+        issued = utc(now)
         expires_at = rfc3339(issued + dt.timedelta(seconds=LIFETIME_SECONDS))
         message = (
             f"{SIGN_IN.format(domain=self._domain)}\n{address}\n\n{STATEMENT}\n\n"

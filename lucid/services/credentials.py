@@ -66,16 +66,16 @@ class Credentials:
         api_keys: ApiKeyRepository,
         memory: TokenMemory,
         settings: TokenSettings,
+        remembered: KeyMemory,
         admin_addresses: frozenset[str],
         cluster: AuthCluster | None = None,
         fetch_keys: Callable[[], Awaitable[object]] | None = None,
-        remembered: KeyMemory | None = None,
         wall_clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`cluster` is asked about the tokens that it issues. `fetch_keys` fetches the key set anew, for a token that
-        names a key which is not known here. `remembered` is what this worker was told about credentials lately.
-        `monotonic` is the clock by which `memory` is asked.
+        """`remembered` is what this worker was told about credentials lately, the gateway's own memory of it. `cluster`
+        is asked about the tokens that it issues. `fetch_keys` fetches the key set anew, for a token that names a key
+        which is not known here. `monotonic` is the clock by which `memory` is asked.
         """
         self._users = users
         self._api_keys = api_keys
@@ -84,7 +84,7 @@ class Credentials:
         self._admin_addresses = admin_addresses
         self._cluster = cluster
         self._fetch_keys = fetch_keys
-        self._keys = remembered or KeyMemory()
+        self._keys = remembered
         self._wall_clock = wall_clock
         self._monotonic = monotonic
         self._key_look_ups = LookUps(

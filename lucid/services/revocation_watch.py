@@ -10,7 +10,6 @@ Cut off from both, the worker goes on accepting what it cannot know to be revoke
 """
 
 import asyncio
-import datetime as dt
 import logging
 from collections.abc import Callable
 from typing import Final
@@ -19,6 +18,7 @@ from lucid.database.api_key_repository import ApiKeyRepository
 from lucid.database.refresh_token_repository import RefreshTokenRepository
 from lucid.database.user_repository import UserRepository
 from lucid.errors import GatewayError
+from lucid.services.callers import utc
 from lucid.services.revocations import USER_SECONDS, Revocation, Revocations, of_user
 
 TICK_SECONDS: Final = 0.1
@@ -121,9 +121,9 @@ class RevocationWatch:
         logins = begun - self._token_seconds if since is None else since
         users = begun - USER_SECONDS if since is None else since
         revoked, changed, keys = await asyncio.gather(
-            self._refresh_tokens.revoked_since(_moment(logins), lasting=first),
-            self._users.revoked_since(_moment(users)),
-            self._api_keys.revoked_since(_moment(logins)),
+            self._refresh_tokens.revoked_since(utc(logins), lasting=first),
+            self._users.revoked_since(utc(users)),
+            self._api_keys.revoked_since(utc(logins)),
         )
         told = {
             *(
@@ -152,7 +152,3 @@ class RevocationWatch:
                 _log.error(
                     "neither Redis nor MongoDB tells of revocations: tokens are accepted until they expire"
                 )
-
-
-def _moment(seconds: float) -> dt.datetime:
-    return dt.datetime.fromtimestamp(seconds, dt.UTC)

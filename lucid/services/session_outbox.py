@@ -54,6 +54,7 @@ from lucid.core.rules.breaker import FAILURE_STATUSES
 from lucid.database.documents import OutboxEntry, SessionDocument
 from lucid.database.session_repository import SessionRepository
 from lucid.errors import GatewayError, rfc3339
+from lucid.services.callers import utc
 
 PATH: Final = "/api/v1/sessions"
 
@@ -308,7 +309,7 @@ class SessionOutbox:
         return self._wall_clock() - session.outbox[0].at.timestamp()
 
     def _now(self) -> dt.datetime:
-        return dt.datetime.fromtimestamp(self._wall_clock(), dt.UTC)
+        return utc(self._wall_clock())
 
 
 _LEASE: Final = dt.timedelta(seconds=LEASE_SECONDS)

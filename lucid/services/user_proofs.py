@@ -37,13 +37,13 @@ class UserProofs:
         challenges: Challenges,
         passwords: PasswordHashing,
         delays: LoginDelays,
-        unbroken: Unbroken | None = None,
+        unbroken: Unbroken,
     ) -> None:
         self._users = users
         self._challenges = challenges
         self._passwords = passwords
         self._delays = delays
-        self._unbroken = unbroken or Unbroken()
+        self._unbroken = unbroken
 
     async def check(self, user: UserDocument, changes: UserChanges, proven: Proven, caller: Caller) -> None:
         """What `changes` need besides a right; what was proven is noted in `proven`. All the cheap questions first: two

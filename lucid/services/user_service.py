@@ -102,7 +102,7 @@ class UserService:
         admin_addresses: frozenset[str],
         wall_clock: Callable[[], float],
         registration: bool,
-        unbroken: Unbroken | None = None,
+        unbroken: Unbroken,
     ) -> None:
         self._users = users
         self._refresh_tokens = refresh_tokens
@@ -114,7 +114,7 @@ class UserService:
         self._wall_clock = wall_clock
         self._registration = registration
         self._registering: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._unbroken = unbroken or Unbroken()
+        self._unbroken = unbroken
 
     async def register(self, email: str, password: str, caller: Caller) -> UserView:
         """Make a user with the role `user`. Raises CONFLICT where the email is a live user's, BAD_FIELD."""

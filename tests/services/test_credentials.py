@@ -16,6 +16,7 @@ from lucid.errors import ErrorCode, GatewayError
 from lucid.services import credentials
 from lucid.services.credentials import TokenReport
 from lucid.services.look_ups import MOST_AT_ONCE, MOST_WAITING
+from lucid.services.revocations import Revocation
 from tests.support.outcomes import outcome
 from tests.support.stores import MongoChild, RedisChild
 from tests.support.wallet import Wallet
@@ -223,5 +224,35 @@ def test_a_token_under_a_new_key_is_verified_with_the_keys_of_now(run: Run) -> N
         assert {report.active for report in reports} == {True}
         assert {report.sub for report in reports} == {pair.user.user_id}
         assert len(asked) == 1
+
+    run(test)
+
+
+def test_who_asks_after_a_key_was_withdrawn_does_not_share_the_look_up_from_before_it(run: Run) -> None:
+    async def test(fleet: Fleet, a: Worker, b: Worker) -> None:
+        owner = await a.login(Wallet.generate())
+        secret = api_keys.new_api_key()
+        digest = api_keys.digest(secret)
+        now = a._utc_now()
+        await a.api_keys.create(ApiKeyDocument("k", digest, owner.user.user_id, "n", "user", now))
+        find, seen, go_on = b.api_keys.find_by_digest, asyncio.Event(), asyncio.Event()
+
+        async def slow(digest: bytes) -> ApiKeyDocument | None:
+            found = await find(digest)
+            seen.set()
+            await go_on.wait()
+            return found
+
+        b.api_keys.find_by_digest = slow  # type: ignore[method-assign]
+        assert len(b.keys) == 0, "as it is when a worker starts"
+        before = asyncio.create_task(b.credentials.look_up(LookUp(digest)))
+        await seen.wait()
+        await a.api_keys.revoke(owner.user.user_id, "k", now)
+        await a.revocations.revoke(Revocation(key=digest.hex(), until=fleet.now + 60))
+        after = asyncio.create_task(b.credentials.look_up(LookUp(digest)))
+        await asyncio.sleep(0)
+        go_on.set()
+        assert isinstance(await before, Principal)
+        assert await after is ErrorCode.BAD_CREDENTIAL
 
     run(test)

@@ -131,6 +131,7 @@ class Accounts:
             revocations=self.revocations,
             admin_addresses=admins,
             wall_clock=self.wall_clock,
+            unbroken=unbroken,
         )
 
     def wall_clock(self) -> float:

@@ -34,6 +34,7 @@ from lucid.services.login_delays import LoginDelays
 from lucid.services.login_types import TokenPair
 from lucid.services.password_hashing import PasswordHashing
 from lucid.services.revocations import Publish, Revocations
+from lucid.services.unbroken import Unbroken
 from lucid.services.user_proofs import UserProofs
 from lucid.services.user_service import UserService
 from lucid.settings import TokenSettings
@@ -131,6 +132,7 @@ class Worker:
         self.revocations = Revocations(
             self.redis, self.memory, publish or fleet.publish, fleet.wall_clock, self.keys
         )
+        self.unbroken = Unbroken()
         self.hasher = QuickHasher()
         self.hashing = PasswordHashing(self.hasher)
         self.delays = LoginDelays(self.redis, fleet.wall_clock)
@@ -157,6 +159,7 @@ class Worker:
             api_keys=self.api_keys,
             memory=self.memory,
             settings=settings,
+            remembered=self.keys,
             admin_addresses=admins,
             cluster=self.cluster,
             wall_clock=fleet.wall_clock,
@@ -185,6 +188,7 @@ class Worker:
             admin_addresses=admins,
             charge=fleet.charge,
             cluster=self.cluster_logins,
+            unbroken=self.unbroken,
             wall_clock=fleet.wall_clock,
         )
         hashing_anew = PasswordHashing(self.hasher, most_at_once=1, most_waiting=16)
@@ -198,8 +202,10 @@ class Worker:
                 challenges=self.challenges,
                 passwords=hashing_anew,
                 delays=self.delays,
+                unbroken=self.unbroken,
             ),
             passwords=hashing_anew,
+            unbroken=self.unbroken,
             admin_addresses=admins,
             wall_clock=fleet.wall_clock,
             registration=cluster is None,
