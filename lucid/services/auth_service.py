@@ -36,7 +36,6 @@ from lucid.core.security import api_keys as keys
 from lucid.core.security import nonces
 from lucid.core.security.jwt import REVOCATION_AHEAD_SECONDS, IssuedToken, TokenIssuer
 from lucid.core.security.roles import PERMISSIONS
-from lucid.core.security.tron import verify as verify_wallet
 from lucid.core.validation import (
     MAX_PASSWORD_CHARACTERS,
     HardwareWalletText,
@@ -129,11 +128,9 @@ class AuthService:
         if self._cluster is None:
             self._require_issuer()
         checked_address(tron_address)
-        nonce = await self._challenges.find(tron_address, message)
-        if nonce is None:
-            raise _wallet_refused(ErrorCode.UNKNOWN_CHALLENGE, caller, tron_address=tron_address)
-        if not verify_wallet(tron_address, message.encode(), signature):
-            raise _wallet_refused(ErrorCode.BAD_SIGNATURE, caller, tron_address=tron_address)
+        nonce = await self._challenges.signed(tron_address, message, signature)
+        if isinstance(nonce, ErrorCode):
+            raise _wallet_refused(nonce, caller, tron_address=tron_address)
         device = None
         if hardware_wallet is not None:
             device = HardwareWallet(hardware_wallet.type, normal_text(hardware_wallet.device_id))

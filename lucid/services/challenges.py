@@ -21,8 +21,9 @@ import msgspec
 from lucid.core.rules.addresses import identifier
 from lucid.core.security import nonces
 from lucid.core.security.tron import CHAIN_ID, SIGN_IN
+from lucid.core.security.tron import verify as verify_wallet
 from lucid.core.validation import Moment
-from lucid.errors import rfc3339
+from lucid.errors import ErrorCode, rfc3339
 from lucid.services.callers import utc
 from lucid.services.stores import redis_border
 
@@ -94,6 +95,15 @@ class Challenges:
         if stored is None or not hmac.compare_digest(_text(stored).encode(), message.encode()):
             return None
         return line[1]
+
+    async def signed(self, address: str, message: str, signature: str) -> str | ErrorCode:
+        """The nonce of the outstanding challenge that this wallet has signed, to be spent next; UNKNOWN_CHALLENGE (not
+        given out, spent or expired, or changed in any character), or BAD_SIGNATURE, which spends nothing.
+        """
+        nonce = await self.find(address, message)
+        if nonce is None:
+            return ErrorCode.UNKNOWN_CHALLENGE
+        return nonce if verify_wallet(address, message.encode(), signature) else ErrorCode.BAD_SIGNATURE
 
     async def spend(self, address: str, nonce: str) -> bool:
         """Spend a challenge; False where another login was faster. DEL counts what it removed: one caller

@@ -3,7 +3,6 @@
 import msgspec
 from msgspec import UNSET
 
-from lucid.core.security.tron import verify as verify_wallet
 from lucid.core.validation import bad_field, checked_password
 from lucid.database.documents import UserDocument
 from lucid.database.user_repository import UserRepository
@@ -66,7 +65,12 @@ class UserProofs:
         # spending comes before writing, since a challenge that lets two requests write is worse.
         nonce = None
         if changes.tron_address is not UNSET and not proven.spent:
-            nonce = await self._signed_challenge(user, changes, caller)
+            signed = await self._challenges.signed(
+                str(changes.tron_address), str(changes.message), str(changes.signature)
+            )
+            if isinstance(signed, ErrorCode):
+                raise _wallet_refused(signed, user, caller)
+            nonce = signed
         if taken:
             raise conflict(*taken)
         if changes.password is not UNSET:
@@ -87,16 +91,6 @@ class UserProofs:
         else:
             holder = await self._users.find_by_tron_address(tron_address or "")
         return holder is not None and holder.user_id != user.user_id
-
-    async def _signed_challenge(self, user: UserDocument, changes: UserChanges, caller: Caller) -> str:
-        """The nonce of the outstanding challenge that the new address has signed."""
-        address, message = str(changes.tron_address), str(changes.message)
-        nonce = await self._challenges.find(address, message)
-        if nonce is None:
-            raise _wallet_refused(ErrorCode.UNKNOWN_CHALLENGE, user, caller)
-        if not verify_wallet(address, message.encode(), str(changes.signature)):
-            raise _wallet_refused(ErrorCode.BAD_SIGNATURE, user, caller)
-        return nonce
 
     async def _check_password(
         self, user: UserDocument, changes: UserChanges, proven: Proven, caller: Caller
