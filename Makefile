@@ -6,11 +6,12 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
 # Not compiled ahead: most of what is installed is never imported, and compiling it takes longer than the rest.
 LOCKED := $(PIP) install --quiet --no-compile --require-hashes --only-binary :all:
 
-.PHONY: run test check format bench lock clean help
+.PHONY: run test soak check format bench lock clean help
 
 help:
 	@echo "make run     the gateway, its stores and demo backends on 127.0.0.1:8080"
 	@echo "make test    all tests"
+	@echo "make soak    those that take an hour: faults with real windows, a million addresses, long searches"
 	@echo "make check   format, lint, types, import contracts"
 	@echo "make bench   the benchmark suite"
 
@@ -19,6 +20,11 @@ run: $(VENV)/.dev
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)
+
+# The simulator's own check of its figures is the other half.
+soak: $(VENV)/.test
+	$(BIN)/python -m pytest -m soak $(ARGS)
+	$(BIN)/python -m benchmarks.simulator --check
 
 check: $(VENV)/.tools
 	$(BIN)/ruff format --check .

@@ -115,7 +115,7 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
     holder = new_holder()
     redis = RedisLink(settings.stores.redis_uri)
     control = ControlChannel(redis, holder)
-    leases = LeaseStore(redis, holder, control, fleet_told=settings.server.workers)
+    leases = LeaseStore(redis, holder, control, fleet_told=settings.rates.fleet)
     mongodb = Connection(settings.stores.mongodb_uri)
     auth_balancer = balancer_of(settings.auth_service) if settings.auth_service else None
     auth_breaker = breaker_of("auth-service", settings)

@@ -174,6 +174,11 @@ def test_an_empty_variable_is_an_absent_one() -> None:
         ("REDIS_URI", "redis:6379"),
         ("REDIS_URI", "redis+sentinel://a,b"),
         ("REDIS_URI", "redis+cluster://"),
+        ("REDIS_URI", "redis+cluster://a,b/main"),
+        ("REDIS_URI", "redis+cluster://a,b?db=1"),
+        ("REDIS_URI", "redis+cluster://a:0,b"),
+        ("REDIS_URI", "redis+cluster://a?ssl=maybe"),
+        ("REDIS_URI", "redis://a?ssl=true"),
         ("JWT_ALGORITHM", "none"),
         ("JWT_ALGORITHM", "HS512"),
         ("JWT_PRIVATE_KEY", "x"),
@@ -273,26 +278,33 @@ def test_the_auth_service_may_not_issue_in_our_name() -> None:
 
 
 @pytest.mark.parametrize("serve", [True, False])
-@pytest.mark.parametrize(
-    "name,value",
-    [("REDIS_URI", "redis+cluster://a,b"), ("GATEWAY_CONFIG", "")],
-)
-def test_what_is_read_but_not_served_yet_is_a_fault(
-    name: str, value: str, serve: bool, tmp_path: Path
-) -> None:
-    if not value:
-        file = tmp_path / "g.toml"
-        file.write_text(row("/live", "websocket = true"))
-        value = str(file)
-    (line,) = faults({**KEY, name: value}, serve=serve)
-    assert line.startswith(f"{name}: ")
+def test_what_is_read_but_not_served_yet_is_a_fault(serve: bool, tmp_path: Path) -> None:
+    file = tmp_path / "g.toml"
+    file.write_text(row("/live", "websocket = true"))
+    (line,) = faults({**KEY, "GATEWAY_CONFIG": str(file)}, serve=serve)
+    assert line.startswith("GATEWAY_CONFIG: ")
     assert "must " in line
     assert line.endswith("not served by this version yet")
-    assert not_served(parsed(**{name: value})) == [line]
+    assert not_served(parsed(GATEWAY_CONFIG=str(file))) == [line]
 
 
-def test_no_message_offers_what_is_not_served() -> None:
-    assert "cluster" not in fault(REDIS_URI="redis:6379")
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "redis+cluster://a,b,c",
+        "redis+cluster://u:p%40@a:7000,[::1]:7001,b/?ssl=true&ssl_ca_certs=/ca.pem",
+        "redis+cluster://a?db=0",
+        "redis+sentinel://a,b/main/0?ssl=false",
+    ],
+)
+def test_several_places_may_stand_for_one_redis(uri: str) -> None:
+    assert load(REDIS_URI=uri).stores.redis_uri == uri
+
+
+def test_the_fault_names_every_way_to_say_a_redis() -> None:
+    line = fault(REDIS_URI="redis:6379")
+    for scheme in ("redis", "rediss", "unix", "redis+cluster", "redis+sentinel"):
+        assert f"{scheme}://" in line
 
 
 # --- keys -----------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from lucid.errors import ErrorCode
 
 if TYPE_CHECKING:
     from lucid.core.rules.breaker import Outcome, Permit
+    from lucid.core.rules.claims import Claim
     from lucid.core.rules.framing import Head
-    from lucid.core.rules.leases import Claim
     from lucid.core.rules.routes import Route
     from lucid.core.rules.targets import Target
 

@@ -25,11 +25,11 @@ from lucid.core.exchange import (
 )
 from lucid.core.policy import Policy
 from lucid.core.rules.breaker import Outcome
+from lucid.core.rules.claims import Claim
 from lucid.core.rules.cors import Cors
 from lucid.core.rules.framing import Fault, Head
 from lucid.core.rules.headers import SECURITY_FIELDS, own_head, parent_trace, sane_request_id
 from lucid.core.rules.keys import KeyMemory
-from lucid.core.rules.leases import Claim
 from lucid.core.rules.tokens import TokenMemory
 from lucid.errors import ErrorCode, GatewayError, away, envelope
 

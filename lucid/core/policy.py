@@ -35,10 +35,11 @@ from lucid.core.exchange import (
 )
 from lucid.core.rules.addresses import TrustedProxies, identifier
 from lucid.core.rules.breaker import CircuitBreaker, Outcome
+from lucid.core.rules.claims import Claim, LimitSet, Take
 from lucid.core.rules.cors import Cors
 from lucid.core.rules.framing import Fields
 from lucid.core.rules.keys import KeyMemory
-from lucid.core.rules.leases import Claim, Leases, LimitSet, Take
+from lucid.core.rules.leases import Leases
 from lucid.core.rules.refusals import over_limit
 from lucid.core.rules.routes import MethodNotAllowed, Route, RouteTable
 from lucid.core.rules.targets import Target, canonical

@@ -12,7 +12,7 @@ import msgspec
 
 from lucid.core.exchange import Limit, Principal
 from lucid.core.rules.addresses import identifier as address_identifier
-from lucid.core.rules.leases import Claim, LimitSet, Standing
+from lucid.core.rules.claims import Claim, LimitSet, Standing
 from lucid.core.rules.refusals import ClaimHolder, over_limit
 from lucid.core.wire.lease_store import LeaseStore, StoreAwayError
 from lucid.errors import ErrorCode, GatewayError, away
@@ -102,7 +102,8 @@ class RateLimitService:
     async def charge(self, name: str, identifier: str, exchange: ClaimHolder | None = None) -> None:
         """Charge one request to a named limit; a limit that is off charges nothing. Raises RATE_LIMITED.
 
-        The limit joins those that `exchange` was charged to already, so that the answer's fields list all.
+        The limit joins those that `exchange` was charged to already, so that the answer's fields list all; where it
+        refuses, they are given back: what is refused counts nothing.
         """
         limits = self._sets.get(name)
         if limits is None:
@@ -111,6 +112,8 @@ class RateLimitService:
         claim = self._store.leases.claim(limits, identifier, identifier)
         admitted = await self._store.admit(claim)
         if exchange is not None:
+            if exchange.claim is not None and not admitted:
+                self._store.refund(exchange.claim, exchange.started)
             exchange.claim = claim if exchange.claim is None else self._joined(exchange.claim, claim)
         if not admitted:
             refusal = over_limit(claim, self._monotonic(), self._jitter())
@@ -119,7 +122,7 @@ class RateLimitService:
     def _joined(self, first: Claim, second: Claim) -> Claim:
         """Both as one, to be shown. Not kept: it lives as long as the exchange."""
         limits = LimitSet((*first.limits.limits, *second.limits.limits))
-        return Claim(self._store.leases, limits, (*first.all, *second.all))
+        return Claim(limits, (*first.all, *second.all))
 
     def _limit(self, name: str) -> Limit:
         limit = self._limits.get(name)

@@ -116,6 +116,8 @@ class RateSettings(msgspec.Struct, frozen=True):
     chain: int = 500
     window_seconds: int = 60
     redis_down: RedisDown = "safe"
+    fleet: int = 0
+    """Workers of all pods at most, for those that start while Redis is away; 0: not told."""
 
 
 class CircuitSettings(msgspec.Struct, frozen=True):
@@ -162,14 +164,8 @@ def load_settings(environ: Mapping[str, str], *, serve: bool = True) -> Settings
 
 def not_served(settings: Settings) -> list[str]:
     """What these settings ask for that this version does not do, one line each. It is refused rather than ignored."""
-    faults = []
-    if settings.stores.redis_uri.startswith("redis+cluster://"):
-        faults.append(
-            "REDIS_URI: must name one server or sentinels, redis+cluster:// is not served by this version yet"
-        )
-    faults += [
+    return [
         f"GATEWAY_CONFIG: route {route.path}: websocket must be false, tunnels are not served by this version yet"
         for route in settings.routes
         if route.websocket
     ]
-    return faults

@@ -104,12 +104,19 @@ def origin(text: str) -> str:
 def redis_uri(text: str) -> str:
     if not _REDIS.fullmatch(text):
         raise ValueError(
-            "must be redis://host:port/db, rediss://..., unix:///path or redis+sentinel://a,b/master/0"
+            "must be redis://host:port/db, rediss://..., unix:///path, redis+cluster://a,b,c "
+            "or redis+sentinel://a,b/master/0"
         )
     _check_places(text)
-    unknown = sorted(name for name, _ in parse_qsl(urlsplit(text).query) if name not in _REDIS_OPTIONS)
+    several = text.startswith(("redis+cluster:", "redis+sentinel:"))
+    options = dict(parse_qsl(urlsplit(text).query))
+    unknown = sorted(set(options) - _REDIS_OPTIONS - ({"ssl"} if several else set()))
     if unknown:
         raise ValueError(f"must not have the option {unknown[0]}")
+    if options.get("ssl", "true").lower() not in ("true", "false"):
+        raise ValueError("must have the option ssl as true or false")
+    if text.startswith("redis+cluster:") and options.get("db", "0") != "0":
+        raise ValueError("must not name a database: a cluster has only one")
     return text
 
 

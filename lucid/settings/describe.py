@@ -51,6 +51,7 @@ def describe(settings: Settings) -> list[tuple[str, str]]:
         ("RATE_LIMIT_CHAIN", _limit(rates.chain)),
         ("RATE_LIMIT_WINDOW_SECONDS", str(rates.window_seconds)),
         ("RATE_LIMIT_REDIS_DOWN", rates.redis_down),
+        ("RATE_LIMIT_FLEET", str(rates.fleet)),
         ("CIRCUIT_FAILURE_THRESHOLD", str(circuit.failure_threshold)),
         ("CIRCUIT_RECOVERY_SECONDS", f"{circuit.recovery_seconds:g}"),
         ("CIRCUIT_SUCCESS_THRESHOLD", str(circuit.success_threshold)),

@@ -323,6 +323,7 @@ def _rates(env: _Environment) -> RateSettings:
         redis_down=cast(
             RedisDown, env.choice("RATE_LIMIT_REDIS_DOWN", default.redis_down, "safe", "strict", "open")
         ),
+        fleet=env.integer("RATE_LIMIT_FLEET", default.fleet, 0, 100_000),
     )
 
 

@@ -64,7 +64,7 @@ class Court:
     ) -> None:
         self.now = 1_000.0
         self.leases = Leases("worker", fleet=1)
-        self.leases.away = away
+        self.leases.shard.away = away
         self.store = Store()
         self.keys = KeyMemory()
         self.tokens = TokenMemory(self._verify, lambda: 0.0, 100)
@@ -115,8 +115,7 @@ class Court:
             assert isinstance(need, Lease)
             settled: list[bool] = []
             self.leases.wait(need.claim, settled.append)
-            flight = self.leases.compose(self.now)
-            if flight is not None:
+            for flight in self.leases.compose(self.now):
                 answer = self.store.call(flight.keys, flight.call, int(self.now * 1_000))
                 self.leases.apply(flight, answer, self.now)
             (x.admitted,) = settled

@@ -6,8 +6,9 @@ import pytest
 
 from lucid.core.exchange import Limit
 from lucid.core.rules.bucket import CURRENT_SLOT, Answer, Op, Store
+from lucid.core.rules.claims import Claim, LimitSet, Standing, Take
 from lucid.core.rules.key_lease import RECALL_STEPS_SECONDS, KeyLease, Shape
-from lucid.core.rules.leases import Claim, Flight, Leases, LimitSet, Standing, Take
+from lucid.core.rules.leases import Flight, Leases
 
 EPOCH_MS = 1_700_000_000_000
 
@@ -28,8 +29,14 @@ class World:
     def answer(self, flight: Flight) -> Answer:
         return self.store.call(flight.keys, flight.call, EPOCH_MS + round(self.seconds * 1_000))
 
+    def compose(self, leases: Leases, **options: bool) -> Flight | None:
+        """The next call, there being one server."""
+        flights = leases.compose(self.now(leases), **options)
+        assert len(flights) <= 1
+        return flights[0] if flights else None
+
     def call(self, leases: Leases, **options: bool) -> Flight | None:
-        flight = leases.compose(self.now(leases), **options)
+        flight = self.compose(leases, **options)
         if flight is not None:
             leases.apply(flight, self.answer(flight), self.now(leases))
         return flight
@@ -43,7 +50,7 @@ class World:
                 leases.wait(claim, admitted.append)
             else:
                 admitted.append(take is Take.ADMITTED)
-        while leases.waiting:
+        while leases.shard.waiting:
             self.call(leases)
         return sum(admitted)
 
@@ -55,7 +62,7 @@ def world() -> World:
 
 def worker(world: World, limits: tuple[Limit, ...] = (USER,), **options: int) -> tuple[Leases, Claim]:
     leases = Leases("me", **options)
-    leases.known = "e"
+    leases.partition.known = "e"
     world.store.marker = ("", "e", 0)
     return leases, leases.claim(LimitSet(limits), "alice", "192.0.2.1")
 
@@ -112,7 +119,7 @@ def test_a_busy_key_gets_a_lease_and_needs_no_store_then(world: World) -> None:
     assert world.ask(leases, claim, 20) == 20
     assert (leases.counters.direct, leases.counters.granted) == (20, 20)
     woken: list[bool] = []
-    leases.wake = lambda: woken.append(True)
+    leases.wake = lambda shard: woken.append(True)
     for _ in range(18):
         assert claim.take(world.now(leases)) is Take.ADMITTED
     assert not woken
@@ -134,12 +141,12 @@ def test_nothing_is_asked_for_early_while_nothing_is_free(world: World) -> None:
     rival, rivals = other(world, limit)
     world.ask(rival, rivals, 100)
     lease = claim.all[0]
-    leases.due[lease] = None
+    leases.shard.due[lease] = None
     world.call(leases)
     assert lease.free == 0
     while lease.has:
         assert claim.take(world.now(leases)) is Take.ADMITTED
-    assert not leases.due
+    assert not leases.shard.due
     assert claim.take(world.now(leases)) is Take.DENIED
 
 
@@ -158,14 +165,14 @@ def test_a_late_answer_dates_its_tokens_by_the_sending(world: World) -> None:
     leases, claim = worker(world, (Limit("busy", 1_000),))
     for _ in range(20):
         leases.wait(claim, lambda admitted: None)
-    flight = leases.compose(world.now(leases))
+    flight = world.compose(leases)
     assert flight is not None
     world.seconds = 0.5
     answer = world.answer(flight)
     world.seconds = 1.5
-    leases.away = True
+    leases.shard.away = True
     leases.abandon(flight, world.now(leases))
-    leases.away = False
+    leases.shard.away = False
     leases.apply(flight, answer, world.now(leases))
     assert claim.take(world.now(leases)) is Take.ADMITTED
     world.seconds = 1.999
@@ -210,14 +217,14 @@ def test_closing_returns_everything_out_of_memory_first(world: World) -> None:
     leases, claim = worker(world, (Limit("busy", 1_000),))
     world.ask(leases, claim, 20)
     claim.take(world.now(leases))
-    flight = leases.compose(world.now(leases), closing=True)
+    flight = world.compose(leases, closing=True)
     assert flight is not None
     assert claim.all[0].has == 0
     assert claim.take(world.now(leases)) is Take.WANTING
     leases.apply(flight, world.answer(flight), world.now(leases))
     assert world.store.buckets["rate_limit:busy:alice"].reserved() == 0
     assert world.store.buckets["rate_limit:busy:alice"].spent == 21
-    assert leases.compose(world.now(leases), closing=True) is None
+    assert world.compose(leases, closing=True) is None
 
 
 # --- several limits
@@ -245,7 +252,7 @@ def test_a_token_put_aside_comes_back_when_the_other_limit_refuses(world: World)
     admitted: list[bool] = []
     assert both.take(world.now(leases)) is Take.WANTING
     leases.wait(both, admitted.append)
-    flight = leases.compose(world.now(leases))
+    flight = world.compose(leases)
     assert flight is not None
     assert flight.keys == ["rate_limit:user:alice"]
     assert both.all[0].has == has - 1
@@ -270,7 +277,7 @@ def test_a_token_put_aside_that_expired_meanwhile_admits_nobody(world: World) ->
     world.ask(leases, leases.claim(LimitSet((tier,)), "alice", ""), 20)
     admitted: list[bool] = []
     leases.wait(both, admitted.append)
-    flight = leases.compose(world.now(leases))
+    flight = world.compose(leases)
     assert flight is not None
     answer = world.answer(flight)
     world.seconds = 3.0
@@ -285,7 +292,7 @@ def test_with_all_tokens_at_hand_two_limits_need_no_store(world: World) -> None:
     leases, claim = worker(world, limits)
     world.ask(leases, claim, 20)
     woken: list[bool] = []
-    leases.wake = lambda: woken.append(True)
+    leases.wake = lambda shard: woken.append(True)
     for _ in range(20):
         assert claim.take(world.now(leases)) is Take.ADMITTED
     assert [lease.has for lease in claim.all] == [0, 0]
@@ -302,8 +309,8 @@ def test_a_call_given_up_gets_another_seq_and_its_spends_are_told_again(world: W
     for _ in range(5):
         claim.take(world.now(leases))
     lease = claim.all[0]
-    leases.due[lease] = None
-    lost = leases.compose(world.now(leases))
+    leases.shard.due[lease] = None
+    lost = world.compose(leases)
     assert lost is not None
     world.answer(lost)
     leases.fail(lost, world.now(leases))
@@ -325,12 +332,12 @@ def test_a_grant_that_was_lost_is_fetched_back(world: World) -> None:
     leases, claim = worker(world, (Limit("busy", 1_000),))
     for _ in range(20):
         leases.wait(claim, lambda admitted: None)
-    lost = leases.compose(world.now(leases))
+    lost = world.compose(leases)
     assert lost is not None
     world.answer(lost)
-    leases.away = True
+    leases.shard.away = True
     leases.fail(lost, world.now(leases))
-    leases.away = False
+    leases.shard.away = False
     bucket = world.store.buckets["rate_limit:busy:alice"]
     assert bucket.reserved() == 20
     claim.all[0].counted = 0
@@ -342,11 +349,11 @@ def test_a_grant_that_was_lost_is_fetched_back(world: World) -> None:
 def test_who_does_not_wait_any_more_costs_nothing(world: World) -> None:
     leases, claim = worker(world)
     leases.wait(claim, lambda admitted: pytest.fail("settled")).gone = True
-    assert leases.compose(world.now(leases)) is None
+    assert world.compose(leases) is None
     leases.wait(claim, lambda admitted: pytest.fail("settled")).gone = True
-    leases.away = True
+    leases.shard.away = True
     leases.abandon(leases.probe(1.0), 1.0)
-    assert not leases.waiting
+    assert not leases.shard.waiting
 
 
 def test_data_lost_leaves_the_key_to_this_worker_until_it_is_safe_again(world: World) -> None:
@@ -371,7 +378,7 @@ def test_a_store_rolled_back_takes_the_tokens_with_it(world: World) -> None:
     leases, claim = worker(world, (Limit("busy", 1_000),))
     world.ask(leases, claim, 20)
     del world.store.buckets["rate_limit:busy:alice"]
-    leases.due[claim.all[0]] = None
+    leases.shard.due[claim.all[0]] = None
     world.call(leases)
     assert (leases.counters.expired, leases.counters.granted) == (20, 40)
     assert claim.all[0].has == 20
@@ -388,7 +395,7 @@ def test_away_each_limit_has_its_rule(world: World, mode: str, fleet: int, admit
     leases, claim = worker(world, (Limit("user", 10, 60, mode),), fleet=fleet)  # type: ignore[arg-type]
     before = 1 if fleet > 1 else 3
     assert world.ask(leases, claim, before) == before
-    leases.away = True
+    leases.shard.away = True
     assert world.ask(leases, claim, 40) == admitted
     assert leases.counters.degraded == 40
     wait = claim.retry_after(world.now(leases))
@@ -398,13 +405,13 @@ def test_away_each_limit_has_its_rule(world: World, mode: str, fleet: int, admit
 
 def test_in_safe_the_own_window_slides(world: World) -> None:
     leases, claim = worker(world, (Limit("user", 10, 60, "safe"),), fleet=2)
-    leases.away = True
+    leases.shard.away = True
     assert world.ask(leases, claim, 3) == 3
     world.seconds = 30.2
     assert world.ask(leases, claim, 9) == 2
     world.seconds = 60.6
     assert world.ask(leases, claim, 9) == 3
-    leases.away = False
+    leases.shard.away = False
     leases.sweep(world.now(leases))
     flight = world.call(leases)
     assert flight is not None
@@ -416,7 +423,7 @@ def test_in_safe_the_own_window_slides(world: World) -> None:
 def test_tokens_at_hand_are_spent_also_while_away(world: World) -> None:
     leases, claim = worker(world, (Limit("busy", 1_000, 60, "strict"),))
     world.ask(leases, claim, 20)
-    leases.away = True
+    leases.shard.away = True
     assert world.ask(leases, claim, 30) == 20
     assert claim.fields(world.now(leases)).split(b"\r\n")[1].startswith(b'RateLimit: "busy";r=0;')
 
@@ -424,7 +431,7 @@ def test_tokens_at_hand_are_spent_also_while_away(world: World) -> None:
 def test_the_keys_of_an_outage_are_bounded_and_forgotten(world: World) -> None:
     limit = Limit("user", 10, 60, "safe")
     leases = Leases("me", fleet=1, most_claims=4)
-    leases.away = True
+    leases.shard.away = True
     limits = LimitSet((limit,))
     assert [world.ask(leases, leases.claim(limits, f"u{n}", "")) for n in range(6)] == [1, 1, 1, 1, 0, 0]
     world.seconds = 10.0
@@ -440,13 +447,13 @@ def test_abandoned_requests_are_decided_alone_and_the_late_answer_is_used(world:
     settled: list[bool] = []
     for _ in range(20):
         leases.wait(claim, settled.append)
-    flight = leases.compose(world.now(leases))
+    flight = world.compose(leases)
     assert flight is not None
     leases.wait(claim, settled.append)
-    leases.away = True
+    leases.shard.away = True
     leases.abandon(flight, world.now(leases))
     assert (settled.count(True), settled.count(False)) == (10, 11)
-    leases.away = False
+    leases.shard.away = False
     leases.apply(flight, world.answer(flight), world.now(leases))
     assert len(settled) == 21
     assert claim.take(world.now(leases)) is Take.ADMITTED
@@ -534,7 +541,7 @@ def test_a_recall_ends_with_the_store(world: World) -> None:
     for _ in range(12):
         here.wait(claim, told.append)
     world.call(here)
-    here.away = True
+    here.shard.away = True
     here.decide_waiting(world.now(here))
     assert len(told) == 12
 
@@ -586,8 +593,8 @@ def test_seqs_never_come_again_when_a_key_was_forgotten(world: World) -> None:
     leases, claim = worker(world, (Limit("busy", 1_000),), most_claims=2)
     world.ask(leases, claim, 20)
     seq = world.store.buckets["rate_limit:busy:alice"].holders["me"].seq
-    fresh = KeyLease(leases, claim.all[0].limit, "alice", claim.all[0].shape)
-    assert fresh.message(world.now(leases), 0, False).seq > seq
+    fresh = KeyLease(leases, claim.all[0].limit, "alice", claim.all[0].shape, leases.partition)
+    assert fresh.message(world.now(leases), 0, 0, False).seq > seq
 
 
 def test_a_new_size_under_an_old_name_takes_the_lease_over(world: World) -> None:
@@ -598,7 +605,7 @@ def test_a_new_size_under_an_old_name_takes_the_lease_over(world: World) -> None
     assert wider.all[0] is claim.all[0]
     assert wider.take(world.now(leases)) is Take.ADMITTED
     assert b'"busy";q=2000;w=120\r\n' in wider.fields(world.now(leases))
-    leases.due[wider.all[0]] = None
+    leases.shard.due[wider.all[0]] = None
     assert world.call(leases) is not None
     bucket = world.store.buckets["rate_limit:busy:alice"]
     assert (bucket.slot_ms, bucket.spent) == (1_000, 22)
@@ -608,7 +615,7 @@ def test_a_journal_is_bounded_and_loses_nothing(world: World) -> None:
     leases, claim = worker(world, (Limit("user", 100_000, 60, "open"),))
     lease = claim.all[0]
     world.ask(leases, claim)
-    leases.away = True
+    leases.shard.away = True
     total = 0
     for number in range(700):
         world.seconds = 1.0 + number * 0.05
@@ -704,7 +711,7 @@ def test_odd_names_are_quoted(world: World, limits: int) -> None:
 
 def test_an_operators_call_names_the_worker(world: World) -> None:
     leases, _ = worker(world)
-    one, two = leases.call([], []), leases.call([], [])
+    one, two = (leases.call(leases.partition, [], []) for _ in range(2))
     assert (one.holder, one.known) == ("me", "e")
     assert one.fresh != two.fresh
     assert Op.LOOK not in {message.op for message in one.messages}

@@ -1,234 +1,186 @@
-"""Never over: walks through a small world of real workers and a real store, on a network of any temper.
+"""Never over: all that may happen in a small world of real workers and a real store, on a network of any temper.
 
-That the search would find a fault is proven by planting each of those that leaving out a rule makes.
+That the search would find a fault is proven by leaving out each rule (`limiter_faults`). The larger worlds and the
+deeper faults are `make soak`'s, which prints what it searched.
 """
 
-import random
-from collections.abc import Callable
-
 import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from lucid.core.rules.bucket import Answer, Bucket, Call, KeyAnswer, Message, Store
-from tests.support.limiter_world import SHAPE, EagerLease, OverError, World
+from lucid.core.rules.bucket import Bucket
+from tests.support.limiter_faults import FAULTS, REFUNDED_RESET, WORLDS, Fault
+from tests.support.limiter_states import key, replay, restore, search, snapshot, unnamed
+from tests.support.limiter_world import EPOCH_MS, SLOT_MS, OverError, Size, World
 
-Make = Callable[[int], World]
-
-LETTERS = "rcsdnlDagko"
-WEIGHTS = dict(zip(LETTERS, (6.0, 4.0, 2.0, 3.0, 1.0, 1.0, 1.0, 3.0, 1.2, 0.3, 0.7), strict=True))
-
-
-def actions(workers: int) -> dict[str, float]:
-    table = {f"{letter}{number}": WEIGHTS[letter] for number in range(workers) for letter in LETTERS}
-    return {**table, "t": 5.0 * workers, "u": 2.0 * workers}
+QUICK_STATES = 1_500
+QUICK = [fault for fault in FAULTS if fault.quick]
 
 
-def walk(make: Make, workers: int, walks: int, steps: int = 60, seed: int = 1) -> str | None:
-    """The steps that led over the limit, or None after so many walks."""
-    dice = random.Random(seed)
-    table = actions(workers)
-    names, weights = list(table), list(table.values())
-    for _ in range(walks):
-        world = make(workers)
-        path = dice.choices(names, weights, k=steps)
-        try:
-            for action in path:
-                world.step(action)
-        except OverError:
-            return " ".join(path)
-    return None
+@pytest.mark.parametrize("name", WORLDS)
+def test_the_first_steps_of_all_paths_are_never_over(name: str) -> None:
+    found = search(WORLDS[name], most_states=QUICK_STATES)
+    assert found.path is None, found
 
 
-@pytest.mark.parametrize("workers, walks", [(1, 2_500), (2, 2_500), (3, 1_000)])
-def test_no_walk_leads_over_the_limit(workers: int, walks: int) -> None:
-    assert walk(World, workers, walks, seed=workers) is None
+def test_no_path_of_one_worker_is_over() -> None:
+    found = search(Size(letters="rcpdag", air=1))
+    assert found.path is None and found.exhaustive, found
 
 
-@settings(max_examples=400, deadline=None)
-@given(
-    path=st.lists(st.sampled_from(sorted(actions(2)) + ["t", "u", "c0", "c1", "r0", "r1"] * 3), max_size=60)
-)
-def test_no_path_leads_over_the_limit(path: list[str]) -> None:
-    world = World(2)
-    for action in path:
-        world.step(action)
-
-
-def test_a_walk_admits_something() -> None:
-    world = World(1)
-    for action in ["c0", "r0", "c0", "r0", "t", "c0", "o0", "d0", "a0"]:
-        world.step(action)
-    assert len(world.admissions) >= 3
-
-
-# --- planted faults
-
-
-class CountsKSlots(Bucket):
-    def advance(self, now_ms: int, slot_ms: int) -> None:
-        super().advance(now_ms, slot_ms)
-        for slot in [slot for slot in self.ring if slot <= self.slot - self.slots]:
-            self.spent -= self.ring.pop(slot)
-
-
-class ConvertsIntoTheGrantsSlot(Bucket):
-    def advance(self, now_ms: int, slot_ms: int) -> None:
-        self.now_ms, self.slot_ms = max(self.now_ms, now_ms), slot_ms
-        for record in self.holders.values():
-            if record.live and self.now_ms >= record.expires_ms:
-                record.live = False
-                self.charge((record.expires_ms - SHAPE.long_ms) // slot_ms, record.size)
-        super().advance(now_ms, slot_ms)
-
-
-class ForgetsWhatExpired(Bucket):
-    def advance(self, now_ms: int, slot_ms: int) -> None:
-        for holder, record in list(self.holders.items()):
-            if record.live and now_ms >= record.expires_ms:
-                del self.holders[holder]
-        super().advance(now_ms, slot_ms)
-
-
-class DebitsAtTheGrant(Bucket):
-    def lease(self, message: Message, holder: str, kept: int, free: int) -> tuple[int, int]:
-        granted, life_ms = super().lease(message, holder, kept, free)
-        self.charge(self.slot, granted)
-        if granted:
-            self.holders[holder].size = 0
-        return granted, life_ms
-
-    def settle(self, message: Message, holder: str) -> tuple[object, int]:  # type: ignore[override]
-        message.journal = []
-        message.keep = 0
-        return super().settle(message, holder)
-
-
-class ADoubleRearms(Bucket):
-    def settle(self, message: Message, holder: str) -> tuple[object, int]:  # type: ignore[override]
-        record = self.holders.get(holder)
-        if record is not None and record.seq == message.seq:
-            record.expires_ms = self.now_ms + message.life_ms
-        return super().settle(message, holder)
-
-
-class TakesOlderMessages(Bucket):
-    def settle(self, message: Message, holder: str) -> tuple[object, int]:  # type: ignore[override]
-        record = self.holders.get(holder)
-        if record is not None and message.seq < record.seq:
-            record.seq = message.seq - 1
-        return super().settle(message, holder)
-
-
-class GivesAllBack(Bucket):
-    def _give_back(self, slot: int, count: int) -> None:
-        super()._give_back(slot, 99)
-
-
-class GrantsWhatOthersHold(Bucket):
-    def reserved(self) -> int:
-        return 0
-
-
-class ChargesEarly(Bucket):
-    def charge(self, slot: int, count: int) -> None:
-        super().charge(slot - 1 if slot < self.slot else slot, count)
-
-
-class DeadlineFromTheArrival(EagerLease):
-    def answered(self, message: Message, answer: KeyAnswer, sent: float, now: float) -> None:
-        super().answered(message, answer, sent, now)
-        if self.reserved:
-            self.deadline = now + answer.life_ms / 1_000 - 0.002
-        self.roll(now)
-
-
-class MapsEarly(EagerLease):
-    def answered(self, message: Message, answer: KeyAnswer, sent: float, now: float) -> None:
-        super().answered(message, answer, sent, now)
-        self.offset_ms = answer.now_ms - now * 1_000
-        self.roll(now)
-
-
-class ReturnsAfterSending(EagerLease):
-    def message(self, now: float, waiting: int, closing: bool) -> Message:
-        self.roll(now)
-        has = self.has
-        message = super().message(now, waiting, closing)
-        if closing:
-            self.has = self.opened = has
-        return message
-
-
-class ForgetsSpendsMeanwhile(EagerLease):
-    def answered(self, message: Message, answer: KeyAnswer, sent: float, now: float) -> None:
-        super().answered(message, answer, sent, now)
-        self.journal = []
-
-
-class ForgetsSpendsAtSending(EagerLease):
-    def message(self, now: float, waiting: int, closing: bool) -> Message:
-        message = super().message(now, waiting, closing)
-        self.journal = []
-        return message
-
-
-def with_buckets(kind: type[Bucket]) -> Make:
-    class Faulty(Store):
-        def call(self, keys: list[str], call: Call, now_ms: int) -> Answer:
-            for key in keys:
-                if key not in self.buckets:
-                    self.buckets[key] = kind(call.slots)
-            return super().call(keys, call, now_ms)
-
-    return lambda workers: World(workers, store=lambda: Faulty(SHAPE.slots))
-
-
-FAULTS: list[tuple[str, Make, int]] = [
-    *(
-        (kind.__name__, with_buckets(kind), workers)
-        for kind, workers in (
-            (CountsKSlots, 1),
-            (ConvertsIntoTheGrantsSlot, 1),
-            (ForgetsWhatExpired, 1),
-            (DebitsAtTheGrant, 1),
-            (GivesAllBack, 1),
-            (GrantsWhatOthersHold, 1),
-            (ChargesEarly, 1),
-        )
-    ),
-    *(
-        (kind.__name__, lambda workers, kind=kind: World(workers, lease_type=kind), 1)
-        for kind in (
-            DeadlineFromTheArrival,
-            MapsEarly,
-            ReturnsAfterSending,
-            ForgetsSpendsMeanwhile,
-            ForgetsSpendsAtSending,
-        )
-    ),
-    ("AnIdComesAgain", lambda workers: World(workers, holder=lambda _: "same"), 1),
-]
-
-
-@pytest.mark.parametrize("make, workers", [fault[1:] for fault in FAULTS], ids=[fault[0] for fault in FAULTS])
-def test_the_search_finds_a_planted_fault(make: Make, workers: int) -> None:
-    assert walk(make, workers, walks=5_000) is not None
-
-
-# Found by longer walks: too rare to look for each time.
-RARE: list[tuple[type[Bucket], str]] = [
-    (ADoubleRearms, "c1 s1 D1 t t t g1 t d1 t t r1 t c0 c1 t c1 c0 r1"),
-    (TakesOlderMessages, "c1 t t o1 t t g1 t c1 t c0 r1 D1 c0 c0"),
-]
-
-
-@pytest.mark.parametrize("kind, path", RARE, ids=[kind.__name__ for kind, _ in RARE])
-def test_a_rare_planted_fault_is_over_on_a_known_path(kind: type[Bucket], path: str) -> None:
-    def go(world: World) -> None:
-        for action in path.split():
-            world.step(action)
-
-    go(World(2))
+@pytest.mark.parametrize("fault", QUICK, ids=[fault.name for fault in QUICK])
+def test_a_rule_left_out_is_found(fault: Fault) -> None:
+    found = search(fault.size, fault.rules)
+    assert found.path is not None, found
+    # What was found is true without snapshots too, and not so with the rule.
     with pytest.raises(OverError):
-        go(with_buckets(kind)(2))
+        replay(fault.size, found.path, fault.rules)
+    replay(fault.size, found.path)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
+def test_a_rule_left_out_is_over_on_its_shortest_path(fault: Fault) -> None:
+    with pytest.raises(OverError):
+        replay(fault.size, fault.path.split(), fault.rules)
+    replay(fault.size, fault.path.split())
+
+
+@pytest.mark.parametrize("workers, limit, slots", [(2, 2, 1), (2, 4, 1), (3, 3, 1), (2, 2, 2)])
+def test_the_first_steps_around_an_absence_are_within_its_bounds(
+    workers: int, limit: int, slots: int
+) -> None:
+    """In `safe`: the limit, and `limit (N - 1) / N` more where the window holds what was leased before."""
+    size = Size(workers, limit, slots, "rcpdaq", "wy", {"w": 1}, air=1, mode="safe", inside=False)
+    found = search(size, most_states=QUICK_STATES)
+    assert found.path is None, found
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("workers, limit, slots", [(2, 2, 1), (2, 4, 1), (3, 3, 1), (2, 2, 2)])
+def test_no_path_around_an_absence_is_over_its_bounds(
+    workers: int, limit: int, slots: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = Size(workers, limit, slots, "rcpdaq", "wy", {"w": 1}, air=1, mode="safe", inside=False)
+    found = search(size, most_states=600_000, seconds=900.0)
+    with capsys.disabled():
+        print(f"\n  safe, {workers} workers, limit {limit}   {found}")
+    assert found.path is None, found
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", WORLDS)
+def test_no_path_is_over(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = search(WORLDS[name], most_states=600_000, seconds=900.0)
+    with capsys.disabled():
+        print(f"\n  {name:24}{found}")
+    assert found.path is None, found
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("fault", FAULTS, ids=[fault.name for fault in FAULTS])
+def test_the_search_finds_each_rule_left_out(fault: Fault, capsys: pytest.CaptureFixture[str]) -> None:
+    found = search(fault.size, fault.rules, most_states=600_000, seconds=900.0)
+    with capsys.disabled():
+        print(f"\n  {fault.name:28}{found}")
+    assert found.path is not None and len(found.path) <= len(fault.path.split()), found
+
+
+# --- what was found, and is mended
+
+
+def test_a_refund_told_after_a_reset() -> None:
+    replay(REFUNDED_RESET, "c0 f0 z r0 c0 r0 c0".split())
+
+
+def test_a_newcomer_is_first_at_an_emptied_store() -> None:
+    replay(Size(letters="rck", events="e"), "c0 c0 e k0 c0 c0".split())
+
+
+def test_a_journal_that_is_shortened() -> None:
+    replay(WORLDS["limit of 4"], "p0 d0 a0 p0 t r0 t r0 d0 a0 r0 c0 c0".split())
+
+
+ABSENT = Size(workers=4, limit=4, letters="rpdaq", events="wy", mode="safe")
+
+
+@pytest.mark.parametrize("path", ["p0 d0 a0 w t t r0 r0 r1 r2 r3", "p0 d0 w t t r0 a0 r0 r0 r1 r2 r3"])
+def test_a_window_wholly_inside_an_absence(path: str) -> None:
+    replay(ABSENT, path.split())
+
+
+# --- what the search relies on
+
+
+def test_every_field_of_the_searched_objects_is_known() -> None:
+    assert unnamed(World(Size())) == []
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_a_state_that_was_come_back_to_goes_on_alike(name: str) -> None:
+    """Beside a world that was never interrupted, so that a field that a snapshot left out would be seen."""
+    size = WORLDS[name]
+    straight, back = World(size), World(size)
+    for at in range(60):
+        actions = [action for action in size.actions() if straight.possible(action)]
+        kept = snapshot(back)
+        for action in actions:
+            back.step(action)
+            restore(back, kept)
+        action = actions[(at * 7 + at // 3) % len(actions)]
+        assert straight.step(action) == back.step(action)
+        assert key(straight) == key(back), action
+
+
+def test_a_bucket_looked_at_often_is_as_one_looked_at_once() -> None:
+    """What the worlds that are not lazy rely on."""
+    for life in range(1, 8):
+        once, often = (Bucket(1) for _ in range(2))
+        for bucket in (once, often):
+            bucket.advance(EPOCH_MS, SLOT_MS)
+            bucket.charge(bucket.slot, 1)
+        end = EPOCH_MS + life * SLOT_MS // 2
+        for ms in (*range(EPOCH_MS, end, SLOT_MS // 4), end):
+            often.advance(ms, SLOT_MS)
+        once.advance(end, SLOT_MS)
+        assert (once.ring, once.spent, once.holders) == (often.ring, often.spent, often.holders)
+
+
+# --- longer paths, at random
+
+
+class Walk(RuleBasedStateMachine):
+    """Whatever is possible, in any order: Hypothesis shortens what it finds. `World` checks each admission."""
+
+    size = Size(workers=3, limit=4, slots=2, letters="rcbspodnDalgkh", events="ij", most={"j": 2}, lazy=True)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World(self.size)
+
+    @rule(letter=st.sampled_from("rcbspodnDalgkh"), place=st.integers(0, 2))
+    def worker(self, letter: str, place: int) -> None:
+        self.world.step(f"{letter}{place}")
+
+    @rule(place=st.integers(0, 2), times=st.integers(1, 4))
+    def spend(self, place: int, times: int) -> None:
+        for _ in range(times):
+            self.world.step(f"r{place}")
+
+    @rule(ticks=st.integers(1, 3))
+    def time(self, ticks: int) -> None:
+        for _ in range(ticks):
+            self.world.step("t")
+
+    @precondition(lambda self: self.world.ghost is not None)
+    @rule()
+    def ghost(self) -> None:
+        self.world.step("i")
+
+    @rule()
+    def clock(self) -> None:
+        self.world.step("j")
+
+
+Walk.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+TestWalk = Walk.TestCase

@@ -3,17 +3,20 @@
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
+import redis
 
 from lucid.core.exchange import Exchange, Limit, Principal, Role
-from lucid.core.rules.leases import LimitSet
+from lucid.core.rules.claims import LimitSet
 from lucid.core.wire.lease_store import LeaseStore
 from lucid.core.wire.redis_link import RedisLink, new_holder
 from lucid.errors import ErrorCode, GatewayError
 from lucid.services.callers import Caller
 from lucid.services.rate_limit_service import RateLimitService
+from tests.support import markers
 from tests.support.stores import RedisChild
 
 PUBLIC = Limit("public", 50, 60)
@@ -28,7 +31,9 @@ def run(redis_server: RedisChild) -> Callable[[Test], None]:
     @contextlib.asynccontextmanager
     async def served(jitter: float) -> AsyncIterator[tuple[RateLimitService, LeaseStore, RedisLink]]:
         link = RedisLink(redis_server.uri)
-        await link.execute("FLUSHALL")
+        with redis.Redis(port=redis_server.port) as client:
+            client.flushall()
+            markers.plant(client)
         # Its own deadline is for a busy fleet: here a slow machine must not decide alone.
         store = LeaseStore(link, new_holder(), fleet_told=1, deadline_seconds=2.0)
         await store.start()
@@ -110,6 +115,27 @@ def test_the_answer_shows_the_limit_that_was_charged_beside_those_of_its_route(
         exchange = Exchange(None, "192.0.2.1", "192.0.2.1", 0.0)
         await service.charge("off", "192.0.2.1", exchange)
         assert exchange.claim is None
+
+    run(test)
+
+
+def test_what_one_limit_refuses_is_not_charged_to_the_others(run: Callable[[Test], None]) -> None:
+    async def test(service: RateLimitService, store: LeaseStore, link: RedisLink) -> None:
+        for number in range(5):
+            exchange = Exchange(None, "192.0.2.1", "192.0.2.1", time.monotonic())
+            exchange.claim = store.leases.claim(LimitSet((PUBLIC,)), "192.0.2.1", "192.0.2.1")
+            assert await store.admit(exchange.claim)
+            if number < REFRESH.requests:
+                await service.charge("refresh", "u", exchange)
+            else:
+                await refused(service.charge("refresh", "u", exchange))
+            # The slot before the charge's must be one that the store counts by itself.
+            await asyncio.sleep(0.05)
+        end = time.monotonic() + 5.0
+        while (await service.look("public", "192.0.2.1")).spent != REFRESH.requests:
+            assert time.monotonic() < end, await service.look("public", "192.0.2.1")
+            await asyncio.sleep(0.02)
+        assert store.leases.counters_of["public"].refunded == 3
 
     run(test)
 

@@ -5,9 +5,9 @@ import tempfile
 
 import pytest
 import redis
-import redis.asyncio
 
 from lucid.core.rules.tokens import TokenMemory
+from lucid.core.wire.redis_link import RedisLink
 from lucid.errors import ErrorCode
 from lucid.services import challenges as module
 from lucid.services.challenges import Challenges
@@ -23,7 +23,8 @@ def test_challenges_and_revocations_on_a_cluster(monkeypatch: pytest.MonkeyPatch
     fleet = Fleet()
 
     async def main(port: int) -> None:
-        client = redis.asyncio.RedisCluster(host="127.0.0.1", port=port)
+        link = RedisLink(f"redis+cluster://127.0.0.1:{port}")
+        client = link.commands
         challenges = Challenges(client, ORIGIN, fleet.wall_clock)
         address = Wallet.generate().address
         first = await challenges.make(address, "192.0.2.1")
@@ -43,7 +44,7 @@ def test_challenges_and_revocations_on_a_cluster(monkeypatch: pytest.MonkeyPatch
         other = TokenMemory(lambda _: ErrorCode.BAD_CREDENTIAL, fleet.wall_clock, 10)
         await Revocations(client, other, fleet.publish, fleet.wall_clock).load_revocations()
         assert other.revocations == 1
-        await client.aclose()
+        await link.close()
 
     with tempfile.TemporaryDirectory(prefix="lucid-test-") as folder:
         child = RedisChild(folder, "--cluster-enabled", "yes", "--cluster-port", str(free_port()))

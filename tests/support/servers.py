@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,9 +19,11 @@ from pathlib import Path
 
 import h11
 import pytest
+import redis
 
 from lucid.dev.command import health
 from lucid.dev.embedded import LOOPBACK, Secantus, Valkey, free_port, leashed
+from tests.support import markers
 
 SECRET = "only-for-tests-only-for-tests-only-for-tests"
 ROOT = Path(__file__).parents[2]
@@ -347,9 +348,7 @@ _redis_numbers = itertools.cycle(range(16))
 def own_redis(server: Valkey) -> str:
     """An empty database of the server: gateways that run side by side must not count into each other's keys."""
     number = next(_redis_numbers)
-    with socket.create_connection((LOOPBACK, server.port), timeout=5.0) as connection:
-        connection.sendall(f"SELECT {number}\r\nFLUSHDB\r\n".encode())
-        answer = b""
-        while answer.count(b"+OK\r\n") < 2:
-            answer += connection.recv(64) or pytest.fail("Redis hung up")
+    with redis.Redis(host=LOOPBACK, port=server.port, db=number) as client:
+        client.flushdb()
+        markers.plant(client)
     return f"redis://{LOOPBACK}:{server.port}/{number}"

@@ -20,9 +20,10 @@ from lucid.core.policy import Policy
 from lucid.core.rules.addresses import TrustedProxies
 from lucid.core.rules.breaker import CircuitBreaker, Outcome, Permit
 from lucid.core.rules.bucket import Store
+from lucid.core.rules.claims import Claim
 from lucid.core.rules.cors import Cors
 from lucid.core.rules.keys import KeyMemory
-from lucid.core.rules.leases import Claim, Leases
+from lucid.core.rules.leases import Leases
 from lucid.core.rules.routes import Route, RouteTable
 from lucid.core.rules.tokens import TokenMemory
 from lucid.core.wire.connection import Stage, Wire
@@ -384,8 +385,7 @@ class World:
         """One call to a store in memory: the real leases, the real bucket."""
         settled: asyncio.Future[bool] = self.loop.create_future()
         self.leases.wait(claim, settled.set_result)
-        flight = self.leases.compose(self.loop.now)
-        if flight is not None:
+        for flight in self.leases.compose(self.loop.now):
             answer = self.store.call(flight.keys, flight.call, int(self.loop.now * 1_000))
             self.leases.apply(flight, answer, self.loop.now)
         return await settled

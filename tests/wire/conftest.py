@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import redis
 
+from tests.support import markers
 from tests.support.stores import RedisChild, valkey
 
 
@@ -24,4 +25,5 @@ def server(valkey_server: RedisChild) -> RedisChild:
         assert client.info("server")["process_id"] == valkey_server.pid
         client.flushall()
         client.script_flush()
+        markers.plant(client)
     return valkey_server

@@ -10,6 +10,14 @@ import msgspec
 
 from lucid.core.exchange import Limit
 from lucid.core.rules.bucket import CURRENT_SLOT, SLOTS, Entry, KeyAnswer, Message, Op, Status
+from lucid.core.rules.shards import Partition, Shard
+
+MOST_REFUNDS = 64
+"""Of one key that wait to be told."""
+
+YOUNG_MS = 2_000
+"""In `safe`, after what may have been a first start of the store: who knows better calls within that time. In `strict`
+it counts as a loss."""
 
 STRICT_RETRY_SECONDS = 1.0
 """What a caller is told while only the store could say more: the store is tried at least that often."""
@@ -36,53 +44,52 @@ class Shape(msgspec.Struct, frozen=True):
         return cls(SLOTS, -(-window_ms // SLOTS), min(2_000, window_ms // 30), min(10_000, window_ms // 6))
 
 
-class Counters:
-    """Plain numbers since the worker began; read them at scrape."""
+class Counters(msgspec.Struct):
+    """Plain numbers since the worker began, of one limit or of all; read them at scrape."""
 
-    __slots__ = (
-        "calls",
-        "degraded",
-        "direct",
-        "expired",
-        "granted",
-        "late",
-        "refused",
-        "refused_from_memory",
-        "returned",
-        "spent",
-    )
+    granted: int = 0
+    spent: int = 0
+    """Out of leases; what was granted directly is not among them."""
+    returned: int = 0
+    expired: int = 0
+    """Tokens that ran out of life unspent, or that the store told us to forget."""
+    direct: int = 0
+    refused: int = 0
+    """By the store."""
+    refused_from_memory: int = 0
+    degraded: int = 0
+    """Decisions made without the store, either way."""
+    refunded: int = 0
+    """Given back because another limit, charged later, refused the request."""
+    calls: int = 0
+    """Of one limit: messages about its keys, many of which share a call. Of all: calls."""
+    late: int = 0
+    """Answers that came after the deadline; they are used all the same. Of all only."""
 
-    def __init__(self) -> None:
-        self.granted = 0
-        self.spent = 0
-        self.returned = 0
-        self.expired = 0
-        """Tokens that ran out of life unspent, or that the store told us to forget."""
-        self.refused = 0
-        """By the store."""
-        self.refused_from_memory = 0
-        self.calls = 0
-        self.direct = 0
-        self.degraded = 0
-        """Decisions made without the store, either way."""
-        self.late = 0
+    def add(self, other: "Counters") -> None:
+        for name in self.__struct_fields__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 class Worker:
     """What all leases of a worker share. `Leases` is the one there is."""
 
     def __init__(self, fleet: int, most_live: int) -> None:
-        self.counters = Counters()
-        self.away = False
+        self.counters_of: dict[str, Counters] = {}
+        """By limit."""
         self.seq = 0
         """The last seq sent, over all keys: it never comes again, also when a key was forgotten meanwhile."""
         self.fleet = fleet
+        self.alone_from = float("-inf")
+        """When this worker came, if it has only been told of a fleet: whose place it took may have had its share."""
         self.live: dict[KeyLease, None] = {}
         """Those that the store must still hear about."""
         self.most_live = most_live
         self.recall: Callable[[list[KeyLease]], None] | None = None
         """Asks other workers for what they hold of these keys, and calls `Leases.recall_step` with them at each of
         `RECALL_STEPS_SECONDS`; set by the owner, None where nobody can be asked."""
+        self.wake: Callable[[Shard], None] = lambda shard: None
+        """Called when something became due in the background; set by the owner."""
 
 
 class KeyLease:
@@ -97,6 +104,7 @@ class KeyLease:
         "acked",
         "aside",
         "counted",
+        "counters",
         "deadline",
         "deny_until",
         "elsewhere",
@@ -106,6 +114,7 @@ class KeyLease:
         "free_at",
         "generation",
         "has",
+        "heard",
         "held_until",
         "history",
         "history_sum",
@@ -114,13 +123,17 @@ class KeyLease:
         "key",
         "limit",
         "low",
+        "offset_low_ms",
         "offset_ms",
         "opened",
+        "partition",
         "policy",
         "recall_paused",
         "recalled",
         "recalled_at",
         "recalling",
+        "recorded_until",
+        "refunds",
         "renew_at",
         "reserved",
         "sent",
@@ -131,10 +144,15 @@ class KeyLease:
         "until",
         "worker",
         "x_pattern",
+        "young_ms",
     )
 
-    def __init__(self, worker: Worker, limit: Limit, identifier: str, shape: Shape) -> None:
+    def __init__(
+        self, worker: Worker, limit: Limit, identifier: str, shape: Shape, partition: Partition
+    ) -> None:
         self.worker = worker
+        self.partition = partition
+        self.counters = worker.counters_of.setdefault(limit.name, Counters())
         self.identifier = identifier
         self.key = f"rate_limit:{limit.name}:{identifier}"
         self.journal: list[Entry] = []
@@ -154,6 +172,14 @@ class KeyLease:
         self.acked = 0
         self.flying = False
         self.offset_ms: float | None = None
+        """The store's time minus ours, at most so much too large: maps a time late, never early."""
+        self.offset_low_ms = 0.0
+        self.heard = 0.0
+        self.refunds: list[int] = []
+        """Slots of what is to be given back."""
+        self.recorded_until = 0.0
+        """Until then the store has this worker on record for this key."""
+        """The same, but too small by at most as much: maps a time early, never late."""
         self.free = 0
         self.free_at = 0.0
         self.deny_until = 0.0
@@ -178,9 +204,14 @@ class KeyLease:
         """Takes a new size under the same name. Tokens at hand stay good; slots are numbered anew."""
         self.limit = limit
         self.shape = shape
+        hold_ms = (shape.slots + 2) * shape.slot_ms + shape.long_ms
+        self.young_ms = {"strict": hold_ms, "safe": YOUNG_MS, "open": 0}[limit.redis_down]
         self.slot = CURRENT_SLOT
         self.until = 0.0
-        self.journal = [(tag, CURRENT_SLOT, count, reserved) for tag, _, count, reserved in self.journal]
+        self.refunds = []
+        self.journal = [
+            (tag, CURRENT_SLOT, count, reserved) for tag, _, count, reserved in self.journal if count > 0
+        ]
         quoted = limit.name.replace("\\", "\\\\").replace('"', '\\"').encode()
         self.policy = b'"%b";q=%d;w=%d' % (quoted, limit.requests, limit.window_seconds)
         self.state_pattern = b'"%b";r=%%d;t=%%d' % quoted.replace(b"%", b"%%")
@@ -200,12 +231,12 @@ class KeyLease:
         """Journals the spends since the slot was opened, forgets what expired, opens the slot of `now`."""
         spent = self.opened - self.has
         if spent:
-            self._note(self.slot, spent, 1)
-            self.worker.counters.spent += spent
+            self._note(now, self.slot, spent, 1)
+            self.counters.spent += spent
             self.admitted(now, spent)
         if now >= self.deadline:
             if self.has:
-                self.worker.counters.expired += self.has
+                self.counters.expired += self.has
                 self.has = 0
             self.generation += 1
             self.aside = 0
@@ -223,6 +254,14 @@ class KeyLease:
             self.roll(now)
         return self.has > 0 and now < self.until
 
+    def nudge(self, now: float) -> None:
+        """The lease runs low. Where nothing is free anyway, asking would only cost a call."""
+        self.low = -1
+        if now >= self.deny_until and not self.flying:
+            shard = self.partition.shard
+            shard.due[self] = None
+            self.worker.wake(shard)
+
     def put_aside(self) -> tuple["KeyLease", int]:
         self.has -= 1
         self.opened -= 1
@@ -235,31 +274,42 @@ class KeyLease:
             self.has += 1
             self.opened += 1
 
-    def spend_aside(self, generation: int, now: float) -> bool:
-        """False: the token put aside has expired meanwhile."""
-        if generation != self.generation or now >= self.deadline:
-            return False
-        self.take_back(generation)
+    def keeps(self, generation: int, now: float) -> bool:
+        """Whether the token put aside then is still good."""
+        return generation == self.generation and now < self.deadline
+
+    def spend_aside(self, now: float) -> None:
+        """Spends a token put aside, which `keeps`."""
+        self.take_back(self.generation)
         if now >= self.until:
             self.roll(now)
         self.has -= 1
-        return True
 
-    def _note(self, slot: int, count: int, reserved: int) -> None:
+    def _note(self, now: float, slot: int, count: int, reserved: int) -> None:
         tag = self.sent
         if self.journal:
             last = self.journal[-1]
-            if last[0] == tag and last[1] == slot and last[3] == reserved:
+            if last[0] == tag and last[1] == slot and last[3] == reserved and (last[2] > 0) == (count > 0):
                 self.journal[-1] = (tag, slot, last[2] + count, reserved)
                 return
         self.journal.append((tag, slot, count, reserved))
         if len(self.journal) > 2 * self.shape.slots:
-            self._shorten()
+            self._shorten(now)
 
-    def _shorten(self) -> None:
+    def _earliest_slot(self, now: float, at: float) -> int:
+        """No later than the store's slot at `at`: what must not be mapped late, as all spends are."""
+        # Clocks drift apart by less than 0.1 %: 1 ms for each second since the store told its time.
+        slack_ms = now - self.heard + 1
+        return int((at * 1_000 + self.offset_low_ms - slack_ms) // self.shape.slot_ms)
+
+    def _counts(self, entry: Entry, now: float) -> bool:
+        """Whether what was journaled may still count in some window."""
+        return self.offset_ms is None or entry[1] >= self._earliest_slot(now, now) - self.shape.slots
+
+    def _shorten(self, now: float) -> None:
         """Bounds the journal, never to the caller's gain: of two entries made one, the later tag and slot."""
-        first = self.slot - self.shape.slots if self.slot != CURRENT_SLOT else 0
-        self.journal = [entry for entry in self.journal if entry[1] >= first]
+        # Of a refund no entry is made with others: in a later slot it would be to the caller's gain.
+        self.journal = [entry for entry in self.journal if entry[2] > 0 and self._counts(entry, now)]
         while len(self.journal) > 2 * self.shape.slots:
             one, two = self.journal[:2]
             both = (max(one[0], two[0]), max(one[1], two[1]), one[2] + two[2], min(one[3], two[3]))
@@ -277,7 +327,7 @@ class KeyLease:
 
     def local(self, now: float) -> bool:
         """Whether this key is decided here alone: the store is away, or holds back after a loss of data."""
-        return self.worker.away or now < self.held_until
+        return self.partition.shard.away or now < self.held_until
 
     def admitted(self, now: float, count: int) -> None:
         self.counted += count
@@ -298,9 +348,8 @@ class KeyLease:
 
     def still_tells(self, now: float) -> bool:
         """Whether anything journaled still counts in some window."""
-        if self.journal and self.slot != CURRENT_SLOT:
-            first = int((now * 1_000 + (self.offset_ms or 0.0)) // self.shape.slot_ms) - self.shape.slots
-            self.journal = [entry for entry in self.journal if entry[1] >= first]
+        if self.journal:
+            self.journal = [entry for entry in self.journal if self._counts(entry, now)]
         self._forget(now)
         return bool(self.history)
 
@@ -313,24 +362,65 @@ class KeyLease:
         worker = self.worker
         if not worker.fleet or (len(worker.live) >= worker.most_live and self not in worker.live):
             return 0
+        if now < worker.alone_from + self.limit.window_seconds:
+            return 0
         self.roll(now)
         self._forget(now)
-        share = max(1, self.limit.requests // worker.fleet)
-        return max(0, share - self.history_sum - self.has - self.aside)
+        return max(0, self.share() - self.history_sum - self.has - self.aside)
+
+    def clip(self, now: float) -> None:
+        """On its own a worker admits its share and no more, out of a lease too: in `safe` others count on that."""
+        self.roll(now)
+        self._forget(now)
+        share = self.share()
+        if share:
+            surplus = min(self.has, self.has + self.aside + self.history_sum - share)
+            if surplus > 0:
+                self.counters.returned += surplus
+                self.has -= surplus
+                self.opened = self.has
+
+    def share(self) -> int:
+        """What each worker of the fleet may admit on its own in a window; 0 unless that is bounded and above 0."""
+        if self.limit.redis_down != "safe" or not self.worker.fleet:
+            return 0
+        return max(1, self.limit.requests // self.worker.fleet)
 
     def spend_local(self, now: float) -> None:
         slot = CURRENT_SLOT
         if self.offset_ms is not None:
             slot = int((now * 1_000 + self.offset_ms) // self.shape.slot_ms)
-        self._note(slot, 1, 0)
+        self._note(now, slot, 1, 0)
         self.admitted(now, 1)
         self.worker.live[self] = None
+        self.partition.owing.add(self)
+
+    def refund(self, now: float, since: float) -> None:
+        """Gives back what a request that began at `since` was charged here, as it was refused elsewhere.
+
+        It names the earliest slot that may have been charged. Where the store's time is not known, or too many wait
+        already, nothing is given back.
+        """
+        if self.offset_ms is None or len(self.refunds) >= MOST_REFUNDS:
+            return
+        self.refunds.append(self._earliest_slot(now, since))
+        self.counters.refunded += 1
+        self.worker.live[self] = None
+
+    def _tell_refunds(self, now: float) -> None:
+        """A refund is only told to a store that has this worker on record: only then it is applied once."""
+        if now < self.recorded_until:
+            for slot in self.refunds:
+                self._note(now, slot, -1, 0)
+            self.refunds = []
+        elif not self.journal:
+            self._note(now, self.slot, 0, 0)
 
     # --- what the caller sees
 
     def remaining(self, now: float) -> int:
         has = self.has if now < self.deadline else 0
-        if self.worker.away or now < self.held_until:
+        if self.local(now):
             return has + self.room(now)
         return has + self.free
 
@@ -383,29 +473,37 @@ class KeyLease:
             self.renew_at = 0.0
             self.worker.live[self] = None
 
-    def message(self, now: float, waiting: int, closing: bool) -> Message:
-        """The next message; from here on this seq counts as sent."""
+    def message(self, now: float, waiting: int, need: int, closing: bool) -> Message:
+        """The next message; from here on this seq counts as sent. `need`: tokens that requests wait for."""
         self.roll(now)
+        if self.refunds:
+            self._tell_refunds(now)
         gives_back = closing or self.recalled
         self.recalled = False
         wanted, life_ms = (0, self.shape.short_ms) if gives_back else self.plan(now, waiting)
         if not wanted and self.has:
-            self.worker.counters.returned += self.has
+            self.counters.returned += self.has
             self.has = self.opened = 0
         self.low = -1
         self.worker.seq += 1
+        self.counters.calls += 1
+        keep = self.has + self.aside
         message = Message(
             op=Op.SETTLE,
             limit=self.limit.requests,
             slot_ms=self.shape.slot_ms,
             long_ms=self.shape.long_ms,
             seq=self.worker.seq,
-            keep=self.has + self.aside,
-            want=wanted,
+            keep=keep,
+            want=max(wanted, keep + need) if need else wanted,
             life_ms=life_ms,
-            short_ms=min(self.shape.short_ms, life_ms),
+            # Short lives near the limit are for callers of other workers, who are better off with a recall.
+            short_ms=life_ms if self.worker.recall is not None else min(self.shape.short_ms, life_ms),
             oldest=self.acked,
             journal=list(self.journal),
+            need=need,
+            share=self.share(),
+            young_ms=self.young_ms,
         )
         self.sent = message.seq
         self.flying = True
@@ -417,23 +515,30 @@ class KeyLease:
         self.roll(now)
         self.journal = [entry for entry in self.journal if entry[0] >= message.seq]
         self.acked = message.seq
+        if not any(entry[3] == 0 for entry in self.journal):
+            self.partition.owing.discard(self)
         self.offset_ms = answer.now_ms - sent * 1_000
+        self.offset_low_ms = answer.now_ms - now * 1_000
+        self.heard = now
         kept = message.keep
         if answer.status != Status.DONE:
-            self.worker.counters.expired += self.has
+            self.counters.expired += self.has
             self.has = self.opened = self.aside = kept = 0
             self.generation += 1
         self.reserved = kept + answer.granted
         life = answer.life_ms / 1_000
+        # Clocks drift apart by less than 0.1 %; 2 ms are for the store's rounding.
+        ends = sent + life - life / 1_000 - 0.002
+        if message.journal or answer.granted or now < self.recorded_until:
+            self.recorded_until = ends
         if self.reserved:
-            # Clocks drift apart by less than 0.1 %; 2 ms are for the store's rounding.
-            self.deadline = sent + life - life / 1_000 - 0.002
+            self.deadline = ends
             self.renew_at = sent + life * 0.75
             self.worker.live[self] = None
         self.has += answer.granted
         self.opened = self.has
         self.low = (self.has + 9) // 10 if answer.granted else -1
-        self.worker.counters.granted += answer.granted
+        self.counters.granted += answer.granted
         self.free = answer.free
         self.elsewhere = answer.elsewhere
         self.free_at = now + answer.free_ms / 1_000 if answer.free_ms else 0.0
@@ -445,4 +550,6 @@ class KeyLease:
             # What others hold may come back before a slot leaves, and nobody tells: look again a slot later.
             wait_ms = min(answer.free_ms, self.shape.slot_ms) if answer.elsewhere else answer.free_ms
             self.deny_until = now + wait_ms / 1_000
+        if self.local(now):
+            self.clip(now)
         self.roll(now)

@@ -1,8 +1,8 @@
 """The worker's side of the hybrid limiter: tokens at hand, several limits in one step, calls to the store.
 
 All of it is synchronous and gets `now` (seconds of `time.monotonic`, always the same clock). A decision
-with tokens at hand is `Claim.take`; whoever owns the connection to the store (`wire/lease_store.py`) calls
-`Leases.compose`, sends what it gives, and closes it with exactly one of `apply` and `fail`.
+with tokens at hand is `Claim.take`; whoever owns the connection to a shard of the store (`wire/lease_courier.py`)
+calls `Leases.compose`, sends what it gives, and closes each flight with exactly one of `apply` and `fail`.
 
 The worker's half of the rules that make it never over (1 to 5 and 10 to 13 are in `bucket`):
 
@@ -11,59 +11,33 @@ The worker's half of the rules that make it never over (1 to 5 and 10 to 13 are 
     only before it; check and decrement are one synchronous step.
  8. The holder's id is random and per process (whoever builds the store's side draws it).
  9. What is returned leaves memory before the message is made.
-11. Several limits: one token from each lease in one step, or none.
+11. Several limits: one token from each lease in one step, or none. Those whose keys travel in one call are charged
+    there as a whole; of others a token each is leased first, one partition after the other.
 
 A spend is journaled with the last seq sent and the slot of its use, in the store's time as of the call that
 was answered last: an answer's time minus the time of *sending* maps late, never early.
+
+After an absence of the store each call says so, and the store holds a share of every key back for each worker that
+has not told what it admitted on its own (the roll call, see `bucket`).
 """
 
-import enum
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable
-
-import msgspec
 
 from lucid.core.exchange import Limit
 from lucid.core.rules.bucket import SLOTS, Answer, Call, Group, Message
+from lucid.core.rules.claims import Claim, LimitSet, Standing, Take
 from lucid.core.rules.key_lease import RECALL_STEPS_SECONDS, Counters, KeyLease, Shape, Worker
+from lucid.core.rules.shards import Partition, Shard
 
 __all__ = ["Claim", "Counters", "Flight", "Leases", "LimitSet", "Shape", "Standing", "Take", "Waiter"]
 
+MARKER = "lucid:limiter"
 MOST_KEYS_PER_CALL = 128
 """Some 10 µs of the store's time each."""
 
-
-class Take(enum.Enum):
-    ADMITTED = enum.auto()
-    DENIED = enum.auto()
-    WANTING = enum.auto()
-    """No token at hand: the store must be asked (`LeaseStore.admit`)."""
-
-
-# Members of an enum cost a look-up by its metaclass each time, a third of the hot path.
-_ADMITTED, _DENIED, _WANTING = Take.ADMITTED, Take.DENIED, Take.WANTING
-
-
-class Standing(msgspec.Struct, frozen=True):
-    """Where a caller stands with one limit. `remaining` holds if nobody else spends."""
-
-    limit: Limit
-    remaining: int
-    reset_seconds: int
-
-
-class LimitSet:
-    """Limits that are judged together. Made once per route table; equal only to itself."""
-
-    __slots__ = ("by_address", "by_user", "limits")
-
-    def __init__(self, limits: tuple[Limit, ...]) -> None:
-        if any(limit.requests < 1 or limit.window_seconds < 1 for limit in limits):
-            raise ValueError("a limit and its window must be at least 1; leave out a limit that is off")
-        self.limits = limits
-        self.by_user = any(limit.per == "user" for limit in limits)
-        self.by_address = any(limit.per == "address" for limit in limits)
+ROLL_CALL_SECONDS = 3.0
+"""So long the store waits for a worker's word: a probe comes each second at least, then the reports."""
 
 
 class Waiter:
@@ -71,7 +45,7 @@ class Waiter:
 
     __slots__ = ("aside", "claim", "direct", "gone", "settle")
 
-    def __init__(self, claim: "Claim", settle: Callable[[bool], None]) -> None:
+    def __init__(self, claim: Claim, settle: Callable[[bool], None]) -> None:
         self.claim = claim
         self.settle = settle
         self.aside: list[tuple[KeyLease, int]] = []
@@ -83,137 +57,67 @@ class Waiter:
         for lease, generation in self.aside:
             lease.take_back(generation)
         self.aside = []
-
-
-class Claim:
-    """One caller's leases for one `LimitSet`. Get it from `Leases.claim`; it may be kept for one exchange."""
-
-    __slots__ = ("_leases", "_one", "_pattern", "_policies", "all", "limits")
-
-    def __init__(self, leases: "Leases", limits: LimitSet, every: tuple[KeyLease, ...]) -> None:
-        self._leases = leases
-        self.limits = limits
-        self.all = every
-        self._one = every[0] if len(every) == 1 else None
-        self._pattern = b""
-        self._policies = tuple(lease.policy for lease in every)
-
-    def take(self, now: float) -> Take:
-        """One token from each lease, or none. WANTING: await `LeaseStore.admit`, which settles it."""
-        lease = self._one
-        if lease is not None:
-            has = lease.has
-            if has > 0 and now < lease.until:
-                lease.has = has - 1
-                if has <= lease.low:
-                    self._leases.nudge(lease, now)
-                return _ADMITTED
-            return self._take_slowly(now)
-        for lease in self.all:
-            if lease.has <= 0 or now >= lease.until:
-                return self._take_slowly(now)
-        for lease in self.all:
-            lease.has -= 1
-            if lease.has < lease.low:
-                self._leases.nudge(lease, now)
-        return _ADMITTED
-
-    def _take_slowly(self, now: float) -> Take:
-        wanting = False
-        alone: list[KeyLease] = []
-        counters = self._leases.counters
-        for lease in self.all:
-            if lease.ready(now):
-                continue
-            if lease.local(now):
-                if not lease.room(now):
-                    counters.degraded += 1
-                    return _DENIED
-                alone.append(lease)
-            elif now < lease.deny_until:
-                counters.refused_from_memory += 1
-                return _DENIED
-            else:
-                wanting = True
-        if wanting:
-            return _WANTING
-        for lease in self.all:
-            if lease in alone:
-                lease.spend_local(now)
-            else:
-                lease.has -= 1
-        if alone:
-            counters.degraded += 1
-        return _ADMITTED
-
-    def fields(self, now: float) -> bytes:
-        """The answer's fields, spelt as in draft-ietf-httpapi-ratelimit-headers-11; b"" without limits."""
-        lease = self._one
-        if lease is not None:
-            remaining = lease.remaining(now)
-            reset = lease.reset_seconds(now)
-            return lease.fields_pattern % (remaining, reset, remaining, reset)
-        if not self.all:
-            return b""
-        numbers: list[int] = []
-        tightest = self.all[0]
-        least = least_reset = -1
-        stale = self._pattern == b""
-        for lease, policy in zip(self.all, self._policies, strict=True):
-            remaining = lease.remaining(now)
-            reset = lease.reset_seconds(now)
-            numbers += (remaining, reset)
-            if least < 0 or remaining < least:
-                tightest, least, least_reset = lease, remaining, reset
-            stale = stale or lease.policy is not policy
-        if stale:
-            self._policies = tuple(lease.policy for lease in self.all)
-            states = b", ".join(lease.state_pattern for lease in self.all)
-            self._pattern = b"RateLimit-Policy: %b\r\nRateLimit: %b\r\n" % (
-                b", ".join(policy.replace(b"%", b"%%") for policy in self._policies),
-                states,
-            )
-        return self._pattern % tuple(numbers) + tightest.x_pattern % (least, least_reset)
-
-    def standings(self, now: float) -> tuple[Standing, ...]:
-        return tuple(
-            Standing(lease.limit, lease.remaining(now), lease.reset_seconds(now)) for lease in self.all
-        )
-
-    def retry_after(self, now: float) -> float:
-        """Seconds after which a refused caller has quota again, if nobody else spends; not rounded."""
-        return max((lease.blocked_seconds(now) for lease in self.all), default=0.0)
-
-    def tightest(self, now: float) -> Limit:
-        """The limit that a 429 names: the one that blocks longest, or else with the least remaining.
-
-        Raises ValueError on a claim without limits: nothing can refuse there.
-        """
-        return max(self.all, key=lambda lease: (lease.blocked_seconds(now), -lease.remaining(now))).limit
+        self.direct = []
 
 
 class Flight:
-    """One call to the store under way. Close it with `Leases.apply` or `Leases.fail`, exactly once."""
+    """One call under way. Close it with `Leases.apply` or `Leases.fail`, exactly once."""
 
-    __slots__ = ("call", "groups", "leases", "sent")
+    __slots__ = (
+        "absences",
+        "call",
+        "groups",
+        "leases",
+        "needs",
+        "partition",
+        "places",
+        "sent",
+        "takers",
+        "waiting",
+    )
 
-    def __init__(self, sent: float, leases: list[KeyLease], call: Call) -> None:
+    def __init__(self, partition: Partition, sent: float) -> None:
+        self.partition = partition
         self.sent = sent
-        self.leases = leases
-        self.call = call
-        self.groups: list[list[Waiter]] = []
+        self.absences = partition.shard.absences
+        self.leases: list[KeyLease] = []
+        self.places: dict[KeyLease, int] = {}
+        self.waiting: list[int] = []
+        """How many requests wait for each key, by place."""
+        self.needs: list[int] = []
+        """How many of them want a token as a lease, as their other limits live elsewhere."""
+        self.groups: dict[tuple[int, ...], list[Waiter]] = {}
+        self.takers: list[Waiter] = []
+        self.call: Call
+        partition.open += 1
 
     @property
     def keys(self) -> list[str]:
         return [lease.key for lease in self.leases]
 
+    def place(self, lease: KeyLease) -> int:
+        """The lease's place in the call; it gets one if it has none."""
+        place = self.places.setdefault(lease, len(self.leases))
+        if place == len(self.leases):
+            self.leases.append(lease)
+            self.waiting.append(0)
+            self.needs.append(0)
+        return place
+
+    def dismiss(self) -> list[Waiter]:
+        """Who waits for it, and does not any more."""
+        waiters = [*self.takers, *(waiter for group in self.groups.values() for waiter in group)]
+        self.takers = []
+        self.groups = {members: [] for members in self.groups}
+        return waiters
+
 
 class Leases(Worker):
-    """All leases of this worker. At most one flight at a time.
+    """All leases of this worker. Per shard one `compose` at a time: the next after all its flights were closed.
 
-    `away`: the store is not asked, every decision is made here. `fleet`: the largest number of workers ever
-    known, 0: never told (then `safe` admits nothing alone). Claims are kept in two generations of at most
-    `most_claims / 2` each, some 2.4 KB a claim; a lease that the store must still hear about outlives its claim.
+    `fleet`: the largest number of workers known, 0: never told (then `safe` admits nothing alone). Claims are kept
+    in two generations of at most `most_claims / 2` each, some 2.4 KB a claim; a lease that the store must still hear
+    about outlives its claim. `partition_of` says where a key lives; without it all live in one.
     """
 
     lease_type: type[KeyLease] = KeyLease
@@ -226,23 +130,34 @@ class Leases(Worker):
         most_claims: int = 16_384,
         shape: Callable[[Limit], Shape] = Shape.of,
         slots: int = SLOTS,
+        partition_of: Callable[[str], Partition] | None = None,
     ) -> None:
         super().__init__(fleet, most_claims)
         self.holder = holder
-        self.known = ""
-        """The store's epoch."""
-        self.due: dict[KeyLease, None] = {}
-        self.waiting: deque[Waiter] = deque()
-        self.wake: Callable[[], None] = lambda: None
-        """Called when something became due in the background; set by the owner."""
+        self.shard = Shard()
+        self.partition = Partition(MARKER, self.shard)
+        """The only shard and the only partition where `partition_of` is not given."""
+        self.partition_of = partition_of or (lambda key: self.partition)
         self.deferred: list[Waiter] = []
         self.shape = shape
+        self.late = 0
         self._slots = slots
         self._calls = 0
         self._half = max(1, most_claims // 2)
         self._young: dict[tuple[LimitSet, str, str], Claim] = {}
         self._old: dict[tuple[LimitSet, str, str], Claim] = {}
         self._by_key: weakref.WeakValueDictionary[str, KeyLease] = weakref.WeakValueDictionary()
+
+    @property
+    def counters(self) -> Counters:
+        """Of all limits together."""
+        total = Counters()
+        for counters in self.counters_of.values():
+            total.add(counters)
+        total.calls, total.late = self._calls, self.late
+        return total
+
+    # --- claims
 
     def claim(self, limits: LimitSet, user: str, address: str) -> Claim:
         """The claim of this caller; `user` and `address` count only for the limits that are kept by them."""
@@ -255,7 +170,6 @@ class Leases(Worker):
         if claim is None:
             limits, user, address = key
             claim = Claim(
-                self,
                 limits,
                 tuple(self.lease(limit, user if limit.per == "user" else address) for limit in limits.limits),
             )
@@ -265,20 +179,14 @@ class Leases(Worker):
         return claim
 
     def lease(self, limit: Limit, identifier: str) -> KeyLease:
-        lease = self._by_key.get(f"rate_limit:{limit.name}:{identifier}")
+        key = f"rate_limit:{limit.name}:{identifier}"
+        lease = self._by_key.get(key)
         if lease is None:
-            lease = self.lease_type(self, limit, identifier, self.shape(limit))
-            self._by_key[lease.key] = lease
+            lease = self.lease_type(self, limit, identifier, self.shape(limit), self.partition_of(key))
+            self._by_key[key] = lease
         elif lease.limit != limit:
             lease.become(limit, self.shape(limit))
         return lease
-
-    def nudge(self, lease: KeyLease, now: float) -> None:
-        """The lease runs low. Where nothing is free anyway, asking would only cost a call."""
-        lease.low = -1
-        if now >= lease.deny_until and not lease.flying:
-            self.due[lease] = None
-            self.wake()
 
     def reset(self, name: str, identifier: str) -> None:
         """An operator cleared this key's ring: forget refusals and the own window, keep the lease."""
@@ -293,120 +201,232 @@ class Leases(Worker):
         for lease in list(self._by_key.values()):
             lease.deny_until = 0.0
 
+    def refund(self, claim: Claim, now: float, since: float) -> None:
+        """A request that began at `since` and was charged to all of `claim` is refused by another limit after all.
+
+        What is refused counts nothing. Call it once for a request, and only for one that was admitted.
+        """
+        for lease in claim.all:
+            lease.refund(now, since)
+
+    # --- requests that wait
+
     def wait(self, claim: Claim, settle: Callable[[bool], None]) -> Waiter:
+        """Queues a request whose `take` said WANTING; have `compose` called for `shard_of(waiter)` soon."""
         waiter = Waiter(claim, settle)
-        self.waiting.append(waiter)
+        self._queue(waiter)
         return waiter
+
+    def shard_of(self, waiter: Waiter) -> Shard:
+        """The shard that is asked first, of a key of which no token is at hand."""
+        every = waiter.claim.all
+        answering = [lease for lease in every if not lease.partition.shard.away]
+        first = next((lease for lease in answering if lease.has <= 0), (answering or every)[0])
+        return first.partition.shard
+
+    def _queue(self, waiter: Waiter) -> Shard:
+        shard = self.shard_of(waiter)
+        shard.waiting.append(waiter)
+        return shard
 
     def sweep(self, now: float) -> None:
         """Makes due what nears its end or was spent without a lease. Call it some ten times a second."""
         for lease in list(self.live):
-            if lease.flying:
+            shard = lease.partition.shard
+            # Most need nothing: their spends stay in the slot of their use until the next one opens another.
+            resting = lease.reserved and now < lease.renew_at and not lease.refunds and not shard.away
+            if resting or lease.flying:
                 continue
             lease.roll(now)
-            if self.away:
+            if shard.away:
                 if not lease.has and not lease.still_tells(now):
-                    del self.live[lease]
-            elif lease.reserved:
-                if now >= lease.renew_at:
-                    self.due[lease] = None
-            elif lease.journal:
-                self.due[lease] = None
-            else:
-                del self.live[lease]
+                    self._forget(lease)
+            elif lease.refunds or (now >= lease.renew_at if lease.reserved else lease.journal):
+                shard.due[lease] = None
+            elif not lease.reserved:
+                self._forget(lease)
+
+    def _forget(self, lease: KeyLease) -> None:
+        del self.live[lease]
+        lease.partition.owing.discard(lease)
 
     # --- one call
 
-    def probe(self, now: float) -> Flight:
+    def probe(self, now: float, partition: Partition | None = None) -> Flight:
         """A call that says nothing: whether the store answers, and whether it is still the same."""
-        return self._flight(now, [], [], [])
+        return self._seal(Flight(partition or self.partition, now), now, closing=False)
 
-    def _flight(
-        self, now: float, leases: list[KeyLease], messages: list[Message], groups: list[Group]
-    ) -> Flight:
-        self.counters.calls += 1
-        return Flight(now, leases, self.call(messages, groups))
+    def _seal(self, flight: Flight, now: float, *, closing: bool) -> Flight:
+        partition = flight.partition
+        counted = zip(flight.leases, flight.waiting, flight.needs, strict=True)
+        flight.call = self.call(
+            partition,
+            [lease.message(now, waiting, need, closing) for lease, waiting, need in counted],
+            [Group(len(waiters), list(members)) for members, waiters in flight.groups.items()],
+        )
+        flight.call.fleet = self.fleet
+        flight.call.reported = partition.owing <= flight.places.keys()
+        # Long after a return nobody would wait for this worker's word any more.
+        recent = now - partition.shard.back_at < ROLL_CALL_SECONDS
+        flight.call.back = partition.told != flight.absences and recent
+        if flight.call.back:
+            partition.rolled_at = now
+        return flight
 
-    def call(self, messages: list[Message], groups: list[Group]) -> Call:
+    def call(self, partition: Partition, messages: list[Message], groups: list[Group]) -> Call:
         """A call of this worker. Its `run` is for the sender to fill, once the connection is chosen."""
         self._calls += 1
         return Call(
             run="",
-            known=self.known,
+            known=partition.known,
             fresh=f"{self.holder}.{self._calls}",
             holder=self.holder,
             slots=self._slots,
             messages=messages,
             groups=groups,
+            roll=partition.roll,
+            roll_ms=int(ROLL_CALL_SECONDS * 1_000),
         )
 
-    def compose(self, now: float, *, closing: bool = False) -> Flight | None:
-        """The next call, or None if there is nothing to say. Settles those whose token came meanwhile.
+    def compose(self, now: float, shard: Shard | None = None, *, closing: bool = False) -> list[Flight]:
+        """The next calls to a shard, one for each partition; none: there is nothing to say.
 
-        `closing`: everything held is returned.
+        Settles those whose token came meanwhile. `closing`: everything held is returned.
         """
-        chosen: dict[KeyLease, int] = {}
-        needs: dict[tuple[int, ...], list[Waiter]] = {}
-        while self.waiting and len(chosen) < MOST_KEYS_PER_CALL:
-            waiter = self.waiting.popleft()
-            if waiter.gone:
-                continue
-            verdict = waiter.claim.take(now)
-            if verdict is not Take.WANTING:
-                waiter.settle(verdict is Take.ADMITTED)
-                continue
-            if any(lease.recall_paused for lease in waiter.claim.all):
-                self.deferred.append(waiter)
-                continue
-            for lease in waiter.claim.all:
-                if lease.ready(now):
-                    waiter.aside.append(lease.put_aside())
-                elif not lease.local(now):
-                    waiter.direct.append(lease)
-            members = tuple(chosen.setdefault(lease, len(chosen)) for lease in waiter.direct)
-            needs.setdefault(members, []).append(waiter)
+        shard = shard or self.shard
+        flights: dict[Partition, Flight] = {}
+        keys = 0
+        while shard.waiting and keys < MOST_KEYS_PER_CALL:
+            waiter = shard.waiting.popleft()
+            if not waiter.gone:
+                keys += self._board(waiter, shard, flights, now)
         if closing:
-            self.due.update((lease, None) for lease in self.live if lease.reserved or lease.journal)
-        for lease in list(self.due):
-            if len(chosen) >= MOST_KEYS_PER_CALL:
+            shard.due.update(
+                (lease, None)
+                for lease in self.live
+                if lease.partition.shard is shard and (lease.reserved or lease.journal)
+            )
+        for lease in list(shard.due):
+            if keys >= MOST_KEYS_PER_CALL:
                 break
-            del self.due[lease]
-            chosen.setdefault(lease, len(chosen))
-        if not chosen:
-            return None
-        demand = [0] * len(chosen)
-        for members, waiters in needs.items():
-            for index in members:
-                demand[index] += len(waiters)
-        flight = self._flight(
-            now,
-            list(chosen),
-            [lease.message(now, demand[index], closing) for lease, index in chosen.items()],
-            [Group(len(waiters), list(members)) for members, waiters in needs.items()],
-        )
-        flight.groups = list(needs.values())
+            del shard.due[lease]
+            if lease.partition.shard is not shard:
+                lease.partition.shard.due[lease] = None
+            else:
+                flight = self._flight(lease.partition, flights, now)
+                before = len(flight.leases)
+                flight.place(lease)
+                keys += len(flight.leases) - before
+        for partition in list(shard.summoned)[:MOST_KEYS_PER_CALL]:
+            del shard.summoned[partition]
+            if partition.shard is shard:
+                self._flight(partition, flights, now)
+        return [self._seal(flight, now, closing=closing) for flight in flights.values()]
+
+    def _flight(self, partition: Partition, flights: dict[Partition, Flight], now: float) -> Flight:
+        flight = flights.get(partition)
+        if flight is None:
+            flight = flights[partition] = Flight(partition, now)
         return flight
+
+    def _board(self, waiter: Waiter, shard: Shard, flights: dict[Partition, Flight], now: float) -> int:
+        """Finds the waiter's place in a call of this shard; how many keys that adds."""
+        verdict = waiter.claim.take(now)
+        if verdict is not Take.WANTING:
+            waiter.settle(verdict is Take.ADMITTED)
+            return 0
+        every = waiter.claim.all
+        if any(lease.recall_paused for lease in every):
+            self.deferred.append(waiter)
+            return 0
+        wanted = [lease for lease in every if not lease.ready(now) and not lease.local(now)]
+        here = next((lease.partition for lease in wanted if lease.partition.shard is shard), None)
+        if here is None:
+            wanted[0].partition.shard.waiting.append(waiter)
+            self.wake(wanted[0].partition.shard)
+            return 0
+        flight = self._flight(here, flights, now)
+        before = len(flight.leases)
+        waiter.aside = [lease.put_aside() for lease in every if lease.ready(now)]
+        asked = [lease for lease in wanted if lease.partition is here]
+        places = tuple(flight.place(lease) for lease in asked)
+        for place in places:
+            flight.waiting[place] += 1
+        if len(asked) == len(wanted):
+            waiter.direct = asked
+            flight.groups.setdefault(places, []).append(waiter)
+        else:
+            for place in places:
+                flight.needs[place] += 1
+            flight.takers.append(waiter)
+        return len(flight.leases) - before
+
+    # --- its end
+
+    def leave(self, shard: Shard, now: float) -> None:
+        """The server does not answer: from here on its keys are decided by this worker alone."""
+        shard.leave()
+        for lease in self.live:
+            if lease.has and lease.partition.shard is shard:
+                lease.clip(now)
+
+    def _close(self, flight: Flight) -> None:
+        partition = flight.partition
+        partition.open -= 1
+        if partition.next is not None and not partition.open:
+            self.move(partition, partition.next)
+
+    def move(self, partition: Partition, shard: Shard) -> None:
+        """Another server answers for a partition; at once, or when its calls that are on their way have ended."""
+        old = partition.shard
+        if not partition.move(shard) or old is shard:
+            return
+        for lease in [lease for lease in old.due if lease.partition is partition]:
+            del old.due[lease]
+            shard.due[lease] = None
+        waiting = list(old.waiting)
+        old.waiting.clear()
+        for waiter in waiting:
+            self._queue(waiter)
+        self.wake(shard)
 
     def apply(self, flight: Flight, answer: Answer, now: float) -> None:
         """Takes the answer, also a late one: tokens are dated by the time of sending."""
-        self.known = answer.epoch
+        partition = flight.partition
+        partition.known = answer.epoch
+        partition.told = flight.absences
+        if answer.roll:
+            # The store waits for this worker's word; it counts once this worker has heard of it.
+            partition.roll = answer.roll
+            partition.rolled_at = now
+            partition.shard.summoned[partition] = None
+            self.wake(partition.shard)
         for lease, message, key_answer in zip(flight.leases, flight.call.messages, answer.keys, strict=True):
             lease.answered(message, key_answer, flight.sent, now)
         asked: dict[KeyLease, None] = {}
-        for waiters, count in zip(flight.groups, answer.direct, strict=True):
+        for waiters, count in zip(flight.groups.values(), answer.direct, strict=True):
             for at, waiter in enumerate(waiters):
                 if at < count:
-                    waiter.settle(self._granted(waiter, now))
+                    waiter.settle(self._granted(waiter, flight.sent, now))
                 elif any(lease.local(now) for lease in waiter.direct):
                     self._decide_alone(waiter, now)
-                else:
-                    waiter.release()
-                    if self._defer(waiter, asked, now):
-                        continue
-                    self.counters.refused += 1
-                    waiter.settle(False)
+                elif not self._defer(waiter, asked, now):
+                    self._refuse(waiter)
+        for waiter in flight.takers:
+            waiter.direct = [lease for lease in waiter.claim.all if lease in flight.places and not lease.has]
+            if not waiter.direct or any(lease.local(now) for lease in waiter.direct):
+                self._decide_alone(waiter, now)
+            elif not self._defer(waiter, asked, now):
+                self._refuse(waiter)
         if asked and self.recall is not None:
             self.recall(list(asked))
+        self._close(flight)
+
+    def _refuse(self, waiter: Waiter) -> None:
+        blocking = next((lease for lease in waiter.direct if lease.free <= 0), waiter.direct[0])
+        blocking.counters.refused += 1
+        waiter.release()
+        waiter.settle(False)
 
     def _defer(self, waiter: Waiter, asked: dict[KeyLease, None], now: float) -> bool:
         """Whether the waiter waits for what others hold unspent, so that nobody is refused below the limit.
@@ -426,7 +446,7 @@ class Leases(Worker):
             return False
         for lease in blocking:
             lease.recall_paused = True
-        waiter.direct = []
+        waiter.release()
         self.deferred.append(waiter)
         return True
 
@@ -438,68 +458,83 @@ class Leases(Worker):
         self._requeue()
 
     def _requeue(self) -> None:
-        self.waiting.extend(self.deferred)
-        self.deferred.clear()
+        deferred, self.deferred = self.deferred, []
+        for waiter in deferred:
+            self._queue(waiter)
 
-    def give_back(self, key: str) -> None:
-        """Another worker has need of what this one holds of `key`: returned with the next call."""
+    def rolling(self, lease: KeyLease, now: float) -> bool:
+        """Whether what is missing from a key may be held back for workers that have not reported yet."""
+        return now - lease.partition.rolled_at < ROLL_CALL_SECONDS
+
+    def give_back(self, key: str, *, report: bool = False) -> None:
+        """Another worker has need of what this one holds of `key`: returned with the next call.
+
+        `report`: or of this worker's word that it has nothing to tell, which holds a share of the key back.
+        """
         lease = self._by_key.get(key)
         if lease is not None and lease.reserved:
             lease.recalled = True
-            self.due[lease] = None
-            self.wake()
+            lease.partition.shard.due[lease] = None
+            self.wake(lease.partition.shard)
+        elif report:
+            partition = lease.partition if lease is not None else self.partition_of(key)
+            partition.shard.summoned[partition] = None
+            self.wake(partition.shard)
 
-    def _granted(self, waiter: Waiter, now: float) -> bool:
-        self.counters.direct += len(waiter.direct)
-        for lease in waiter.direct:
+    def _granted(self, waiter: Waiter, sent: float, now: float) -> bool:
+        """The store charged the request to the keys that it was asked for, in a call sent at `sent`: now the others."""
+        direct, aside = waiter.direct, waiter.aside
+        for lease in direct:
+            lease.counters.direct += 1
             lease.admitted(now, 1)
-        admitted = True
-        taken = dict(waiter.aside)
-        for lease in waiter.claim.all:
-            if lease in taken:
-                admitted = lease.spend_aside(taken[lease], now) and admitted
-            elif lease not in waiter.direct:
-                if lease.room(now):
-                    lease.spend_local(now)
-                else:
-                    admitted = False
+        settled = {*direct, *(lease for lease, _ in aside)}
+        alone = [lease for lease in waiter.claim.all if lease not in settled]
+        if not all(lease.keeps(generation, now) for lease, generation in aside) or not all(
+            lease.room(now) for lease in alone
+        ):
+            for lease in direct:
+                lease.refund(now, sent)
+            waiter.release()
+            return False
+        for lease, _ in aside:
+            lease.spend_aside(now)
+        for lease in alone:
+            lease.spend_local(now)
         waiter.aside = []
-        return admitted
+        return True
 
     def _decide_alone(self, waiter: Waiter, now: float) -> None:
         waiter.release()
         verdict = waiter.claim.take(now)
         if verdict is Take.WANTING:
             # Another limit of the claim is not decided alone: ask once more, for that one.
-            waiter.direct = []
-            self.waiting.append(waiter)
-            self.wake()
+            self.wake(self._queue(waiter))
         else:
             waiter.settle(verdict is Take.ADMITTED)
 
     def abandon(self, flight: Flight, now: float) -> None:
-        """Nobody waits for the answer any more (set `away` first): who waited is decided here.
+        """Nobody waits for the answer any more (set the shard `away` first): who waited is decided here.
 
         The flight stays open: its late answer may still be applied.
         """
-        for waiters in flight.groups:
-            for waiter in waiters:
-                self._decide_alone(waiter, now)
-            waiters.clear()
-        self.decide_waiting(now)
+        for waiter in flight.dismiss():
+            self._decide_alone(waiter, now)
+        self.decide_waiting(now, flight.partition.shard)
 
-    def decide_waiting(self, now: float) -> None:
-        """Settles the queue without the store; set `away` first."""
+    def decide_waiting(self, now: float, shard: Shard | None = None) -> None:
+        """Settles the queue of a shard without the store; set it `away` first."""
+        shard = shard or self.shard
         self._requeue()
-        while self.waiting:
-            waiter = self.waiting.popleft()
+        waiting = list(shard.waiting)
+        shard.waiting.clear()
+        for waiter in waiting:
             if not waiter.gone:
                 self._decide_alone(waiter, now)
 
     def fail(self, flight: Flight, now: float) -> None:
-        """The call is given up for good (rule 6). Set `away` first if nobody shall wait for the next one."""
+        """The call is given up for good (rule 6). Set the shard `away` first if nobody shall wait for the next one."""
         for lease, message in zip(flight.leases, flight.call.messages, strict=True):
             lease.given_up(message)
-        for waiters in flight.groups:
-            for waiter in waiters:
-                self._decide_alone(waiter, now)
+        for waiter in flight.dismiss():
+            self._decide_alone(waiter, now)
+        self._close(flight)

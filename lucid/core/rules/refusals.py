@@ -4,14 +4,15 @@ import math
 from typing import Protocol
 
 from lucid.core.exchange import Refusal
-from lucid.core.rules.leases import Claim
+from lucid.core.rules.claims import Claim
 from lucid.errors import ErrorCode
 
 
 class ClaimHolder(Protocol):
-    """What an answer's RateLimit fields are taken from: the exchange."""
+    """What an answer's RateLimit fields are taken from: the exchange. `started` is monotonic seconds."""
 
     claim: Claim | None
+    started: float
 
 
 def over_limit(claim: Claim, now: float, jitter: float) -> Refusal:

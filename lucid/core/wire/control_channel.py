@@ -3,7 +3,9 @@
 *Channel.* A stream: its ids are the versions. A worker that was away reads on from the last id it saw.
 Continuity is proven, not assumed: while the entry seen last is still in the stream, nothing was missed;
 otherwise (trimmed meanwhile, flushed, restored from an older copy, first attached) every
-subscriber's `reload` is called, after the new position was taken, so that nothing falls in between. A message
+subscriber's `reload` is called, after the new position was taken, so that nothing falls in between. So it is, with
+the position kept, when another server process has the stream (restarted, failed over): it may lack what was added
+just before, and an older entry does not tell. A message
 may come twice, when the fate of its sending was unknown: handlers must not mind.
 
 *Registry.* One sorted set: a worker's own JSON, scored by Redis' clock at its last heartbeat. Who has not
@@ -26,7 +28,8 @@ import msgspec
 from lucid.core.wire.redis_link import AWAY_ERRORS, BLOCK_SECONDS, RedisLink, end_tasks
 
 STREAM_KEY = "lucid:control"
-WORKERS_KEY = "lucid:workers"
+WORKERS_KEY = "lucid:workers:{lucid:control}"
+"""In a cluster it lies where the stream does: both are there, or neither."""
 
 STREAM_LENGTH = 4_096
 HEARTBEAT_SECONDS = 1.0
@@ -43,6 +46,14 @@ if ARGV[1] ~= '' then redis.call('ZADD', KEYS[1], now, ARGV[1]) end
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[2])
 redis.call('PEXPIRE', KEYS[1], 60 * ARGV[2])
 return {now, redis.call('ZRANGE', KEYS[1], 0, -1, 'WITHSCORES')}
+"""
+
+# KEYS: the stream. ARGV: an entry's id. Whether it is there, and which server process says so ("": INFO is not
+# permitted). A connection's own run_id would not do: a redirection may have answered from elsewhere.
+_LOOK = """
+local info = redis.pcall('INFO', 'server')
+local run = type(info) == 'string' and string.match(info, 'run_id:(%w+)') or ''
+return {#redis.call('XRANGE', KEYS[1], ARGV[1], ARGV[1]), run}
 """
 
 Handler = Callable[[Mapping[str, Any]], None]
@@ -71,6 +82,8 @@ class ControlChannel:
         """Up to when nothing was missed."""
         self._last = b""
         """The version seen last; empty: never attached."""
+        self._run = b""
+        """The server process that has it; empty: not told."""
         self._attached = False
         self._beating = False
         self._first_beat = asyncio.Event()
@@ -239,10 +252,10 @@ class ControlChannel:
 
     async def _attach(self) -> None:
         """Proves continuity, or takes a new position and has everything reloaded."""
+        if await self._continues():
+            self._attached = True
+            return
         if self._last:
-            if await self._continues():
-                self._attached = True
-                return
             self._tell_gap()
         # An entry of its own is a position that surely exists in the stream.
         self._last = await self._add(("hello", b"{}"))
@@ -250,8 +263,15 @@ class ControlChannel:
         self._attached = True
 
     async def _continues(self) -> bool:
-        """Whether the entry read last is still in the stream, so that nothing after it is missing."""
-        return bool(await self._redis.execute("XRANGE", STREAM_KEY, self._last, self._last))
+        """Whether the entry read last is still in the stream, so that nothing after it is missing. Where another server
+        says so, everything is reloaded all the same.
+        """
+        there, run = await self._redis.execute("EVAL", _LOOK, 1, STREAM_KEY, self._last or "0-0")
+        before, self._run = self._run, bytes(run)
+        if there and before and self._run != before:
+            _log.info("control channel: another server has it now, everything is loaded anew")
+            self._to_reload = list(self._reloads)
+        return bool(there)
 
     def _tell_gap(self) -> None:
         _log.warning("control channel: messages may have been missed, everything is loaded anew")

@@ -1,88 +1,57 @@
-"""The worker's connection between its leases and Redis: batches, a deadline, and a breaker around the store.
-
-There is one call in flight per worker. Whatever becomes urgent meanwhile travels together in the next one,
-so that a busy worker makes fewer calls rather than more, and no key can be in two calls.
-
-*Deadline and breaker.* A request waits at most `deadline_seconds` for the call that carries it, net of the
-event loop's own lag (a late timer says nothing about Redis). After a miss the store counts as away: decisions
-are made at memory speed by each limit's rule (`safe`, `strict`, `open`), and one probe at a time goes out
-until one is answered in time. The missed call itself stays open until its answer comes or its connection
-fails; a late answer's leases are used.
+"""A worker's limiter as a whole: its leases, a courier for each shard of Redis, and what workers say to each other.
 
 *Data loss.* The script refuses to grant for a window, a lease's life and a slot when the server's run or the
 marker changed (`rules/bucket.py`); each key in question is then decided here, as if the store were away,
-while spends go on being reported. `strict` is exact through all of it. Not done yet: the store does not
-reserve `limit / N` for workers that have not reported since an outage, so in `safe` the window that holds the
-end of an outage may reach `limit + limit (N - 1) / N`; `N` never shrinks in a worker's life; and spends that
-only a dead worker knew are gone with it.
+while spends go on being reported. `strict` is exact through all of it. What only a dead worker knew is gone with it:
+of its leases the store counts every token as spent, of what it admitted alone nothing.
 """
 
 import asyncio
 import contextlib
-import importlib.resources
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import msgspec
-from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import NoScriptError
+from redis.exceptions import MovedError
 
 from lucid.core.exchange import Limit
-from lucid.core.rules.bucket import Answer, Call, KeyAnswer, Message, Op
-from lucid.core.rules.key_lease import RECALL_STEPS_SECONDS, KeyLease
-from lucid.core.rules.leases import (
-    Claim,
-    Counters,
-    Flight,
-    Leases,
-    Shape,
-    Standing,
-    Take,
-)
+from lucid.core.rules.bucket import KeyAnswer, Message, Op
+from lucid.core.rules.claims import Claim, Standing, Take
+from lucid.core.rules.key_lease import RECALL_STEPS_SECONDS, Counters, KeyLease, Shape
+from lucid.core.rules.leases import Leases
+from lucid.core.rules.shards import Partition, Shard
+from lucid.core.wire.cluster_shards import ClusterShards
 from lucid.core.wire.control_channel import ControlChannel
+from lucid.core.wire.lease_courier import FAILURES, Courier, read_script
 from lucid.core.wire.redis_link import AWAY_ERRORS, RedisLink, end_tasks
 
-MARKER_KEY = "lucid:limiter"
-
-BACKGROUND_SECONDS = 0.02
-"""Renewals and reports gather that long before they go out on their own."""
-
 SWEEP_SECONDS = 0.1
-
-FIRST_PROBE_SECONDS = 0.1
-LONGEST_PROBE_SECONDS = 1.0
+LAYOUT_SECONDS = 10.0
+"""Between two looks at a cluster's layout while all is well."""
+NEXT_LAYOUT_SECONDS = 0.5
+"""While a master is away."""
+FLEET_MEMORY_SECONDS = 3_600.0
+"""So long the largest fleet is remembered after it shrank: a worker that is cut off from the registry but not from
+its callers still admits its share of that fleet."""
 
 STOP_SECONDS = 1.0
 """How long `stop` tries to return what is held; the rest expires by itself."""
 
-LAG_SECONDS = 0.002
-"""A timer that fires so late says that the loop was busy; uvloop's timers are exact to 1 ms."""
-
-MOST_DEADLINES = 10
-"""Within so many deadlines a call has missed, however busy the loop is."""
-
-FAILURES: tuple[type[Exception], ...] = (*AWAY_ERRORS, msgspec.MsgspecError)
-
 _log = logging.getLogger("lucid.limiter")
-_encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Answer).decode
 
 
 class StoreAwayError(Exception):
     """Redis did not do what an operator asked."""
 
 
-def read_script() -> str:
-    return (importlib.resources.files("lucid.core.wire") / "bucket.lua").read_text(encoding="ascii")
-
-
 class LeaseStore:
     """Owns this worker's `leases` and settles what they cannot. `start` it in the worker, `stop` it last.
 
-    `fleet_told`: how many workers to assume before the registry was ever read, 0: admit nothing alone until
-    then (in `safe`). `clock` is that of the `now` which `Claim.take` gets.
+    `fleet_told`: how many workers there are at most, for one that starts while Redis is away: it then admits its share
+    (in `safe`), a window after it came; 0: nothing, until it has read the registry once. `clock` is that of the `now`
+    which `Claim.take` gets.
     """
 
     def __init__(
@@ -97,26 +66,44 @@ class LeaseStore:
         shape: Callable[[Limit], Shape] = Shape.of,
         script: str | None = None,
     ) -> None:
-        self.leases = Leases(holder, fleet=fleet_told, shape=shape)
-        self.leases.wake = self._wake_background
-        self.leases.away = True
-        self.away_since: float = clock()
         self._link = link
+        self._cluster = ClusterShards() if link.clustered else None
+        partition_of = self._cluster.partition_of if self._cluster is not None else None
+        self.leases = Leases(holder, fleet=fleet_told, shape=shape, partition_of=partition_of)
+        self.leases.wake = self._wake_soon
         self._control = control
         self._deadline_seconds = deadline_seconds
         self._clock = clock
         self._script = script if script is not None else read_script()
-        self._digest = ""
-        self._awake = asyncio.Event()
-        self._background_due = 0.0
-        self._next_sweep = 0.0
-        self._next_probe = 0.0
-        self._probe_pause_seconds = FIRST_PROBE_SECONDS
-        self._task: asyncio.Task[None] | None = None
+        self._couriers: dict[Shard, Courier] = {}
+        self._fleet_told = fleet_told
+        self._fleets: deque[tuple[float, int]] = deque()
+        self._layout_lock = asyncio.Lock()
+        self._layout_doubted = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
         self._pushing: set[asyncio.Task[bool]] = set()
+        if self._cluster is None:
+            self.leases.shard.away = True
+            self._couriers[self.leases.shard] = self._courier(self.leases.shard)
         if control is not None:
             control.subscribe("limit_reset", self._on_reset, self._on_gap)
             control.subscribe("lease_recall", self._on_recall)
+
+    def _courier(self, shard: Shard) -> Courier:
+        return Courier(
+            self.leases,
+            shard,
+            self._link,
+            script=self._script,
+            deadline_seconds=self._deadline_seconds,
+            clock=self._clock,
+            probed=self._probed,
+            moved=self._look_at_layout,
+            left=self._layout_doubted.set,
+        )
+
+    def _probed(self, shard: Shard) -> Partition | None:
+        return self.leases.partition if self._cluster is None else self._cluster.probed(shard)
 
     @property
     def counters(self) -> Counters:
@@ -124,8 +111,12 @@ class LeaseStore:
 
     @property
     def away(self) -> bool:
-        """Whether Redis is not asked at present; `away_since` (by the clock) says since when."""
-        return self.leases.away
+        """Whether any server of the store is not asked at present; `away_since` (by the clock) says since when."""
+        return self.away_since is not None
+
+    @property
+    def away_since(self) -> float | None:
+        return min((each.away_since for each in self._couriers.values() if each.shard.away), default=None)
 
     # --- requests
 
@@ -134,7 +125,7 @@ class LeaseStore:
         verdict = claim.take(self._clock())
         if verdict is not Take.WANTING:
             return verdict is Take.ADMITTED
-        if self._task is None:
+        if not self._tasks:
             raise RuntimeError("LeaseStore.start was not called")
         settled: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
@@ -143,11 +134,15 @@ class LeaseStore:
                 settled.set_result(admitted)
 
         waiter = self.leases.wait(claim, settle)
-        self._awake.set()
+        self._wake(self.leases.shard_of(waiter))
         try:
             return await settled
         finally:
             waiter.gone = True
+
+    def refund(self, claim: Claim, since: float) -> None:
+        """A request that began at `since` (by the clock) and was admitted is refused by another limit after all."""
+        self.leases.refund(claim, self._clock(), since)
 
     def peek(self, claim: Claim) -> tuple[Standing, ...]:
         """Where the caller stands, from memory."""
@@ -168,20 +163,39 @@ class LeaseStore:
 
     async def _ask(self, limit: Limit, identifier: str, op: Op) -> KeyAnswer:
         shape = self.leases.shape(limit)
+        key = f"rate_limit:{limit.name}:{identifier}"
         message = Message(op=op, limit=limit.requests, slot_ms=shape.slot_ms, long_ms=shape.long_ms)
+        partition = self.leases.partition_of(key)
+        call = self.leases.call(partition, [message], [])
         try:
-            answer = await self._evaluate(
-                [f"rate_limit:{limit.name}:{identifier}"], self.leases.call([message], [])
-            )
+            try:
+                answer = await self._courier_of(partition.shard).ask(partition, [key], call)
+            except MovedError as error:
+                self._link.redirected(error, partition.shard.name)
+                await self._look_at_layout()
+                answer = await self._courier_of(partition.shard).ask(partition, [key], call)
         except FAILURES as error:
             raise StoreAwayError(str(error)) from error
         return answer.keys[0]
+
+    def _courier_of(self, shard: Shard) -> Courier:
+        courier = self._couriers.get(shard)
+        if courier is None:
+            raise StoreAwayError("no server of the cluster answers for this key")
+        return courier
+
+    # --- other workers
 
     def _recall(self, leases: list[KeyLease]) -> None:
         """Pushed to all workers; those that hold nothing of these keys do nothing."""
         loop = asyncio.get_running_loop()
         if self._control is not None:
-            body = {"holder": self.leases.holder, "keys": [lease.key for lease in leases]}
+            now = self._clock()
+            body = {
+                "holder": self.leases.holder,
+                "keys": [lease.key for lease in leases],
+                "report": any(self.leases.rolling(lease, now) for lease in leases),
+            }
             pushing = loop.create_task(
                 self._control.publish("lease_recall", body), name="lucid limiter recall"
             )
@@ -192,202 +206,129 @@ class LeaseStore:
 
     def _recall_step(self, leases: list[KeyLease]) -> None:
         self.leases.recall_step(leases)
-        self._awake.set()
+        for courier in self._couriers.values():
+            courier.wake()
 
     def _on_recall(self, body: Mapping[str, Any]) -> None:
         if body.get("holder") == self.leases.holder:
             return
         for key in body.get("keys", ()):
-            self.leases.give_back(str(key))
+            self.leases.give_back(str(key), report=bool(body.get("report")))
         # Somebody waits for it: the call is not to be gathered with others for long.
-        self._background_due = self._clock()
-        self._awake.set()
+        for shard, courier in self._couriers.items():
+            if shard.due or shard.summoned:
+                courier.wake_now()
 
     def _on_reset(self, body: Mapping[str, Any]) -> None:
         self.leases.reset(str(body.get("limit", "")), str(body.get("identifier", "")))
 
     async def _on_gap(self) -> None:
+        """Resets may have been missed. And where Redis was emptied, a newcomer cannot know: it is told so now."""
         self.leases.forget_refusals()
+        for partition in self._partitions():
+            partition.shard.summoned[partition] = None
+            self._wake_soon(partition.shard)
+
+    def _partitions(self) -> Iterable[Partition]:
+        return (self.leases.partition,) if self._cluster is None else self._cluster.partitions()
 
     # --- life
 
     async def start(self) -> None:
         """Tries Redis once, with patience; whether it answers or not, the worker may serve afterwards."""
-        if self._task is not None:
+        if self._tasks:
             return
-        flight = self.leases.probe(self._clock())
-        try:
-            self.leases.apply(flight, await self._evaluate([], flight.call), self._clock())
-            self.leases.away = False
-        except FAILURES as error:
-            self._go_away(error, first=True)
-        self._task = asyncio.create_task(self._run(), name="lucid limiter")
+        if self._control is not None:
+            self.leases.alone_from = self._clock()
+        self._watch_the_fleet(self._clock())
+        await self._look_at_layout()
+        await asyncio.gather(*(courier.start() for courier in self._couriers.values()))
+        self._tasks = [asyncio.create_task(self._sweep_always(), name="lucid limiter sweep")]
+        if self._cluster is not None:
+            self._tasks.append(asyncio.create_task(self._follow_layout(), name="lucid limiter layout"))
 
     async def stop(self) -> None:
         """Returns what is held, out of memory first. What comes later is decided without the store."""
-        if self._task is None:
+        if not self._tasks:
             return
-        await end_tasks([self._task])
-        self._task = None
-        if not self.leases.away:
+        await end_tasks(self._tasks)
+        self._tasks = []
+        for courier in self._couriers.values():
+            await courier.stop()
+        self.leases.sweep(self._clock())
+        await asyncio.gather(*(self._return(courier) for courier in self._couriers.values()))
+        for courier in self._couriers.values():
+            courier.shard.away = True
+        for courier in self._couriers.values():
+            self.leases.decide_waiting(self._clock(), courier.shard)
+
+    async def _return(self, courier: Courier) -> None:
+        if not courier.shard.away:
             with contextlib.suppress(TimeoutError, *FAILURES):
                 async with asyncio.timeout(STOP_SECONDS):
-                    await self._return_all()
-        self.leases.away = True
-        self.leases.decide_waiting(self._clock())
+                    await courier.return_all()
 
-    async def _return_all(self) -> None:
+    def _wake(self, shard: Shard) -> None:
+        if courier := self._couriers.get(shard):
+            courier.wake()
+
+    def _wake_soon(self, shard: Shard) -> None:
+        if courier := self._couriers.get(shard):
+            courier.wake_soon()
+
+    async def _sweep_always(self) -> None:
         while True:
             now = self._clock()
+            self._watch_the_fleet(now)
             self.leases.sweep(now)
-            flight = self.leases.compose(now, closing=True)
-            if flight is None:
-                return
-            self.leases.apply(flight, await self._evaluate(flight.keys, flight.call), self._clock())
+            for shard, courier in self._couriers.items():
+                if shard.due or shard.summoned:
+                    courier.wake_now()
+            await asyncio.sleep(SWEEP_SECONDS)
 
-    def _wake_background(self) -> None:
-        if not self._background_due:
-            self._background_due = self._clock() + BACKGROUND_SECONDS
-            self._awake.set()
-
-    async def _run(self) -> None:
-        failing = False
-        while True:
-            try:
-                await (self._turn_away() if self.leases.away else self._turn())
-                failing = False
-            except Exception:  # noqa: BLE001 (told once)
-                # A fault of ours must not end the limiter: it is told once, and requests are decided alone.
-                if not failing:
-                    _log.exception("the limiter's task failed and goes on")
-                failing = True
-                self._go_away("a fault in the limiter")
-                self.leases.decide_waiting(self._clock())
-                await asyncio.sleep(LONGEST_PROBE_SECONDS)
-
-    async def _turn(self) -> None:
-        leases = self.leases
-        now = self._clock()
-        if not leases.waiting and not (self._background_due and now >= self._background_due):
-            until = self._background_due or (self._next_sweep if leases.live else now + 1.0)
-            self._awake.clear()
-            timer = asyncio.get_running_loop().call_later(max(0.0, until - now), self._awake.set)
-            try:
-                await self._awake.wait()
-            finally:
-                timer.cancel()
-            now = self._clock()
-        swept = now >= self._next_sweep
-        if swept:
-            self._sweep(now)
-        if leases.waiting or swept or now >= self._background_due:
-            self._background_due = 0.0
-            flight = leases.compose(now)
-            if flight is not None:
-                await self._fly(flight)
-
-    async def _turn_away(self) -> None:
-        await asyncio.sleep(max(0.0, self._next_probe - self._clock()))
-        now = self._clock()
-        self._sweep(now)
-        await self._fly(self.leases.probe(now))
-
-    def _sweep(self, now: float) -> None:
-        self._next_sweep = now + SWEEP_SECONDS
-        if self._control is not None:
-            self.leases.fleet = max(self.leases.fleet, self._control.fleet_size)
-        self.leases.sweep(now)
-
-    async def _fly(self, flight: Flight) -> None:
-        watch = _Watch(self, flight, self._deadline_seconds, self._clock)
-        try:
-            answer = await self._evaluate(flight.keys, flight.call)
-        except FAILURES as error:
-            self._go_away(error)
-            self.leases.fail(flight, self._clock())
-            # Who came while the call was on its way would wait until Redis is back.
-            self.leases.decide_waiting(self._clock())
+    def _watch_the_fleet(self, now: float) -> None:
+        """The largest fleet of the last while, and whether other workers can be asked for anything."""
+        if self._control is None:
             return
-        except BaseException:
-            # Stopping: who waited is queued again, and `stop` settles the queue.
-            self.leases.fail(flight, self._clock())
-            raise
-        finally:
-            watch.cancel()
-        reachable = self._control is not None and self._control.connected
-        self.leases.recall = self._recall if reachable else None
-        self.leases.apply(flight, answer, self._clock())
-        if watch.missed:
-            self.counters.late += 1
-            self._next_probe = self._clock() + FIRST_PROBE_SECONDS
-        else:
-            self._come_back()
+        self.leases.recall = self._recall if self._control.connected else None
+        size = self._control.fleet_size
+        if size:
+            while self._fleets and self._fleets[-1][1] <= size:
+                self._fleets.pop()
+            self._fleets.append((now, size))
+        while len(self._fleets) > 1 and self._fleets[0][0] < now - FLEET_MEMORY_SECONDS:
+            self._fleets.popleft()
+        if self._fleets:
+            self.leases.alone_from = float("-inf")
+        self.leases.fleet = max(self._fleet_told, self._fleets[0][1] if self._fleets else 0)
 
-    def missed(self, flight: Flight) -> None:
-        """The deadline passed: from here on nobody waits for Redis."""
-        self._go_away("it did not answer in time")
-        self.leases.abandon(flight, self._clock())
+    # --- a cluster's layout
 
-    async def _evaluate(self, keys: list[str], call: Call) -> Answer:
-        async with self._link.connection() as (connection, run_id):
-            call.run = run_id
-            data = _encode(call)
-            if not self._digest:
-                self._digest = await self._load(connection)
-            await connection.send_command("EVALSHA", self._digest, len(keys) + 1, MARKER_KEY, *keys, data)
+    async def _look_at_layout(self) -> None:
+        """Learns which master answers for which keys; at most one look at a time. Never fails."""
+        if self._cluster is None:
+            return
+        async with self._layout_lock:
             try:
-                raw = await connection.read_response()
-            except NoScriptError:
-                self._digest = await self._load(connection)
-                await connection.send_command("EVALSHA", self._digest, len(keys) + 1, MARKER_KEY, *keys, data)
-                raw = await connection.read_response()
-        return _decode(raw)
+                addresses = await self._link.slots(refresh=True)
+            except AWAY_ERRORS as error:
+                _log.debug("limiter: nobody tells the cluster's layout (%s)", error)
+                return
+            came, went = self._cluster.learn(addresses, self.leases.move)
+            for shard in came:
+                self._couriers[shard] = self._courier(shard)
+            for shard in went:
+                # Its calls end now, and with them its partitions move.
+                await self._couriers.pop(shard).stop()
+            if self._tasks:
+                for shard in came:
+                    await self._couriers[shard].start()
 
-    async def _load(self, connection: AbstractConnection) -> str:
-        await connection.send_command("SCRIPT", "LOAD", self._script)
-        return bytes(await connection.read_response()).decode("ascii")
-
-    def _come_back(self) -> None:
-        self._probe_pause_seconds = FIRST_PROBE_SECONDS
-        if self.leases.away:
-            self.leases.away = False
-            _log.info("limiter: Redis answers, after %.1f s", self._clock() - self.away_since)
-
-    def _go_away(self, reason: object, *, first: bool = False) -> None:
-        now = self._clock()
-        if first or not self.leases.away:
-            self.leases.away = True
-            self.away_since = now
-            self._probe_pause_seconds = FIRST_PROBE_SECONDS
-            _log.warning("limiter: Redis is away (%s); limits are kept by each worker alone", reason)
-        else:
-            self._probe_pause_seconds = min(LONGEST_PROBE_SECONDS, self._probe_pause_seconds * 2)
-        self._next_probe = now + self._probe_pause_seconds
-
-
-class _Watch:
-    """The deadline of one flight, net of the loop's lag: a timer that fires late gives that time again."""
-
-    def __init__(self, store: LeaseStore, flight: Flight, seconds: float, clock: Callable[[], float]) -> None:
-        self.missed = False
-        self._store = store
-        self._flight = flight
-        self._clock = clock
-        self._last = clock() + MOST_DEADLINES * seconds
-        self._arm(seconds)
-
-    def _arm(self, seconds: float) -> None:
-        self._due = self._clock() + seconds
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._fire)
-
-    def _fire(self) -> None:
-        now = self._clock()
-        lag = now - self._due
-        if lag > LAG_SECONDS and now < self._last:
-            self._arm(lag)
-        else:
-            self.missed = True
-            self._store.missed(self._flight)
-
-    def cancel(self) -> None:
-        self._timer.cancel()
+    async def _follow_layout(self) -> None:
+        while True:
+            settled = self._cluster is not None and self._cluster.complete and not self.away
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LAYOUT_SECONDS if settled else NEXT_LAYOUT_SECONDS):
+                    await self._layout_doubted.wait()
+            self._layout_doubted.clear()
+            await self._look_at_layout()

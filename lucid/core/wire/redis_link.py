@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import secrets
 import weakref
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -18,12 +18,16 @@ from redis.asyncio.connection import (
     Connection,
     SSLConnection,
     UnixDomainSocketConnection,
+    parse_url,
 )
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
+from redis.asyncio.sentinel import Sentinel, SentinelManagedConnection, SentinelManagedSSLConnection
 from redis.backoff import NoBackoff
+from redis.exceptions import AskError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as LostError
-from redis.exceptions import RedisError, ResponseError
+
+from lucid.core.wire.redis_cluster import ClusterClient
+from lucid.core.wire.redis_topology import Topology
 
 ANSWER_SECONDS = 1.0
 """After that a command's fate counts as unknown and its connection is closed."""
@@ -77,14 +81,32 @@ class _Unix(_Sends, UnixDomainSocketConnection):
     pass
 
 
+class _Managed(_Sends):
+    """Asking the sentinels and dialling the master that they name take no longer together than a command may."""
+
+    async def connect(self) -> None:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            await super().connect()  # type: ignore[misc]
+
+
+class _BehindTcp(_Managed, SentinelManagedConnection):
+    pass
+
+
+class _BehindTls(_Managed, SentinelManagedSSLConnection):
+    pass
+
+
 _CLASSES: dict[str, type[AbstractConnection]] = {"redis": _Tcp, "rediss": _Tls, "unix": _Unix}
 
 
 class RedisLink:
-    """Clients for one Redis. Nothing is dialled before the first command; call `close` at the end.
+    """Clients for one Redis: a server, what sentinels watch over, or a cluster. Nothing is dialled before the first
+    command; call `close` at the end.
 
     `commands` answers or fails within some `ANSWER_SECONDS`; `blocking` is for commands that wait in the
-    server for up to `BLOCK_SECONDS`. Both answer bytes.
+    server for up to `BLOCK_SECONDS`. Both answer bytes. On a cluster a command goes where its first key lies, and one
+    without a key, such as PING, to every master: it fails where one of them does.
 
     Raises ValueError for a URI that is not understood.
     """
@@ -92,11 +114,33 @@ class RedisLink:
     def __init__(self, uri: str) -> None:
         self._runs: weakref.WeakKeyDictionary[AbstractConnection, str] = weakref.WeakKeyDictionary()
         self._sentinels: list[Sentinel] = []
+        self._topology: Topology | None = None
+        if uri.startswith("redis+cluster://"):
+            self._topology = self._cluster(uri)
         self.commands = self._client(uri, ANSWER_SECONDS)
         self.blocking = self._client(uri, BLOCK_SECONDS + ANSWER_SECONDS)
 
+    @property
+    def clustered(self) -> bool:
+        """Whether keys lie in slots, each slot with a master of its own."""
+        return self._topology is not None
+
     def _client(self, uri: str, answer_seconds: float) -> Redis:
-        options: dict[str, Any] = {
+        if self._topology is not None:
+            return ClusterClient(self._topology, answer_seconds)
+        scheme = uri.partition("://")[0]
+        if scheme == "redis+sentinel":
+            return self._behind_sentinels(uri, answer_seconds)
+        if scheme not in _CLASSES:
+            raise ValueError(
+                "REDIS_URI: must begin with redis://, rediss://, unix://, redis+cluster:// or redis+sentinel://"
+            )
+        pool: ConnectionPool = ConnectionPool.from_url(uri, **self._options(answer_seconds))
+        pool.connection_class = _CLASSES[scheme]
+        return Redis(connection_pool=pool)
+
+    def _options(self, answer_seconds: float) -> dict[str, Any]:
+        return {
             "socket_timeout": answer_seconds,
             "socket_connect_timeout": ANSWER_SECONDS,
             "retry": Retry(NoBackoff(), 0),
@@ -104,54 +148,58 @@ class RedisLink:
             # RESP3 brings pushes that nobody here listens to.
             "protocol": 2,
         }
-        scheme = uri.partition("://")[0]
-        if scheme == "redis+sentinel":
-            return self._behind_sentinels(uri, options)
-        if scheme == "redis+cluster":
-            raise ValueError(
-                "REDIS_URI: redis+cluster:// is not served yet: one call carries keys of several hash slots. "
-                "Name one server (redis://, rediss://, unix://) or sentinels (redis+sentinel://)"
-            )
-        if scheme not in {"redis", "rediss", "unix"}:
-            raise ValueError("REDIS_URI: must begin with redis://, rediss://, unix:// or redis+sentinel://")
-        pool: ConnectionPool = ConnectionPool.from_url(uri, **options)
-        pool.connection_class = _CLASSES[scheme]
-        return Redis(connection_pool=pool)
 
-    def _behind_sentinels(self, uri: str, options: dict[str, Any]) -> Redis:
-        """`redis+sentinel://[user:password@]a[:26379],b/master[/db]`; the credentials are the server's."""
-        split = urlsplit(uri)
-        credentials, _, hosts = split.netloc.rpartition("@")
-        master, _, database = split.path.strip("/").partition("/")
-        if not hosts or not master or not (database or "0").isdigit():
+    def _cluster(self, uri: str) -> Topology:
+        """`redis+cluster://[user:password@]a[:6379],b[?options]`."""
+        place = _Place(uri, 6379)
+        if place.path or place.options.pop("db", 0):
+            raise ValueError("REDIS_URI: a cluster has database 0 alone: redis+cluster://a,b,c")
+
+        def pool_of(host: str, port: int, answer_seconds: float) -> ConnectionPool:
+            return ConnectionPool(
+                connection_class=_Tls if place.tls else _Tcp,
+                host=host,
+                port=port,
+                **place.options,
+                **self._options(answer_seconds),
+            )
+
+        return Topology(place.hosts, pool_of, ANSWER_SECONDS)
+
+    def _behind_sentinels(self, uri: str, answer_seconds: float) -> Redis:
+        """`redis+sentinel://[user:password@]a[:26379],b/master[/db][?options]`; the credentials are the server's."""
+        place = _Place(uri, 26379)
+        master, _, database = place.path.partition("/")
+        if not master or not (database or "0").isdigit():
             raise ValueError(
                 "REDIS_URI: redis+sentinel:// needs hosts and a master: redis+sentinel://a,b/master/0"
             )
-        addresses: list[tuple[str, int]] = []
-        for host in hosts.split(","):
-            name, colon, port = host.rpartition(":")
-            if not colon or host.endswith("]"):
-                name, port = host, "26379"
-            if not port.isdigit():
-                raise ValueError(f"REDIS_URI: a sentinel's port must be a number, not {port!r}")
-            addresses.append((name.strip("[]"), int(port)))
-        username, _, password = credentials.partition(":")
+        # They are asked in turn, and one that hangs must leave time for the others.
+        seconds = ANSWER_SECONDS / (len(place.hosts) + 1)
         sentinel = Sentinel(  # type: ignore[no-untyped-call]
-            addresses,
-            sentinel_kwargs={"socket_timeout": ANSWER_SECONDS, "socket_connect_timeout": ANSWER_SECONDS},
+            place.hosts,
+            sentinel_kwargs={
+                "socket_timeout": seconds,
+                "socket_connect_timeout": seconds,
+                # Without it redis-py tries a dead one ten times, for seconds, before it asks the next.
+                "retry": Retry(NoBackoff(), 0),
+                "protocol": 2,
+                "ssl": place.tls,
+                **{name: value for name, value in place.options.items() if name.startswith("ssl_")},
+            },
         )
         self._sentinels.append(sentinel)
         client: Redis = sentinel.master_for(
             master,
-            db=int(database or 0),
-            username=unquote(username) or None,
-            password=unquote(password) or None,
-            **options,
+            connection_class=_BehindTls if place.tls else _BehindTcp,
+            **{"db": int(database or 0), **place.options},
+            **self._options(answer_seconds),
         )
         return client
 
     async def _greet(self, connection: AbstractConnection) -> None:
         """Every connection learns which server process it reached, before any command goes over it."""
+        self._runs.pop(connection, None)
         await connection.on_connect()
         await connection.send_command("INFO", "server")
         try:
@@ -172,20 +220,59 @@ class RedisLink:
         return await self.blocking.execute_command(*arguments)  # type: ignore[no-untyped-call]
 
     @contextlib.asynccontextmanager
-    async def connection(self) -> AsyncIterator[tuple[AbstractConnection, str]]:
-        """A connected connection and the `run_id` of the server process that it reaches ("": not told).
+    async def connection(self, address: str | None = None) -> AsyncIterator[tuple[AbstractConnection, str]]:
+        """A connected connection and the `run_id` of the server process that it reaches ("": not told). `address` is a
+        node's of the cluster, as `slots` tells it; None the one server, with sentinels the present master.
 
         It changes when Redis was restarted or failed over. A command that says which server it is meant for
         must go over this connection, not through `commands`, which might dial anew in between.
+
+        Raises one of `AWAY_ERRORS`, and of a cluster's node `MovedError` and its like come to the caller: `redirected`.
         """
-        pool = self.commands.connection_pool
-        connection = await pool.get_connection()  # type: ignore[no-untyped-call]
+        pool = self._pool(address)
+        try:
+            connection = await pool.get_connection()  # type: ignore[no-untyped-call]
+        except BaseException:
+            if address is not None and self._topology is not None:
+                self._topology.doubt(address)
+            raise
         try:
             yield connection, self._runs.get(connection, "")
+        except BaseException:
+            # Whoever leaves like this may have left answers unread, which the next would take for its own.
+            await connection.disconnect(nowait=True)
+            raise
         finally:
             await pool.release(connection)
 
+    def _pool(self, address: str | None) -> ConnectionPool:
+        if (address is None) == self.clustered:
+            raise ValueError("a cluster's connection is to one of its nodes, any other to the one server")
+        if self._topology is None or address is None:
+            return self.commands.connection_pool
+        return self._topology.client(address, ANSWER_SECONDS).connection_pool
+
+    async def slots(self, *, refresh: bool = False) -> Sequence[str]:
+        """For each of a cluster's 16,384 hash slots the address of its master, "" where there is none.
+
+        `refresh`: as of some `FRESH_SECONDS` ago at most. A table once told never changes: another takes its place, so
+        `is` says whether something changed. Raises one of `AWAY_ERRORS` if no node tells.
+        """
+        if self._topology is None:
+            raise ValueError("only a cluster has slots")
+        return await self._topology.slots(refresh=refresh)
+
+    def redirected(self, error: AskError, asked: str) -> str:
+        """The address that a MovedError or AskError from the node at `asked` names (it may leave out its host). What
+        moved is in `slots` from now on.
+        """
+        if self._topology is None:
+            raise ValueError("only a cluster redirects")
+        return self._topology.redirected(error, asked)
+
     async def close(self) -> None:
+        if self._topology is not None:
+            await self._topology.close()
         clients = [self.commands, self.blocking]
         for sentinel in self._sentinels:
             clients += sentinel.sentinels
@@ -194,3 +281,39 @@ class RedisLink:
                 await client.aclose()
                 # A pool that was handed over is not closed with its client.
                 await client.connection_pool.disconnect()
+
+
+class _Place:
+    """Where several hosts are named: `scheme://[user:password@]a[:port],[::1]:port[/path][?options]`.
+
+    Options are redis-py's (`ssl_ca_certs` and its like, `username`, `password`, `db`), and `ssl=true`; any of TLS's own
+    means TLS as well.
+    """
+
+    def __init__(self, uri: str, port: int) -> None:
+        split = urlsplit(uri)
+        credentials, _, hosts = split.netloc.rpartition("@")
+        if not hosts:
+            raise ValueError(f"REDIS_URI: {split.scheme}:// needs hosts, such as {split.scheme}://a,b")
+        self.path = split.path.strip("/")
+        self.hosts = [_host(host, port, split.scheme) for host in hosts.split(",")]
+        self.options: dict[str, Any] = dict(parse_url(f"redis://h?{split.query}"))
+        del self.options["host"]
+        username, _, password = credentials.partition(":")
+        for name, value in (("username", unquote(username)), ("password", unquote(password))):
+            self.options[name] = value or self.options.get(name)
+        asked = str(self.options.pop("ssl", "")).lower()
+        self.tls = asked in ("1", "true", "yes") or (
+            not asked and any(name.startswith("ssl_") for name in self.options)
+        )
+        if not self.tls:
+            self.options = {k: v for k, v in self.options.items() if not k.startswith("ssl_")}
+
+
+def _host(text: str, port: int, scheme: str) -> tuple[str, int]:
+    name, colon, written = text.rpartition(":")
+    if not colon or text.endswith("]"):
+        return text.strip("[]"), port
+    if not written.isdigit():
+        raise ValueError(f"REDIS_URI: a port of {scheme}:// must be a number, not {written!r}")
+    return name.strip("[]"), int(written)

@@ -1,0 +1,1 @@
+"""The limiter's figures: `python -m benchmarks.limiter`; see `benchmarks/README.md`."""
