@@ -55,9 +55,9 @@ DEADLINE_SECONDS = 0.025
 LIMIT_NAME = "sim"
 
 
-def new_leases(kind: type[Leases], dice: random.Random, fleet: int) -> Leases:
+def new_leases(kind: type[Leases], dice: random.Random) -> Leases:
     """A new process' leases: another holder each time (rule 8)."""
-    leases = kind(f"{dice.getrandbits(64):016x}", fleet=fleet)
+    leases = kind(f"{dice.getrandbits(64):016x}")
     leases.shard.away = True
     return leases
 

@@ -21,7 +21,7 @@ class Pod:
     def __init__(self, loop: "Loop", number: int, kind: type[Leases], dice: random.Random) -> None:
         self.loop = loop
         self.number = number
-        self.leases = contact.new_leases(kind, dice, loop.world.workers)
+        self.leases = contact.new_leases(kind, dice)
         self.leases.wake = self._wake_soon
         self.skew = dice.uniform(0.0, 1e6)
         self.pace = 1.0 + dice.uniform(-50e-6, 50e-6)
@@ -265,7 +265,7 @@ class Pod:
         if shard.away and self.serving:
             self._probe_pause = min(contact.LONGEST_PROBE_SECONDS, self._probe_pause * 2)
         else:
-            shard.leave()
+            self.leases.leave(shard, self.now())
             self.away_from = self.at
             self._probe_pause = contact.FIRST_PROBE_SECONDS
         self._next_probe = self.now() + self._probe_pause

@@ -66,6 +66,7 @@ class Court:
         self.leases = Leases("worker", fleet=1)
         self.leases.shard.away = away
         self.store = Store()
+        self.store.marker = ("", "served", 0)
         self.keys = KeyMemory()
         self.tokens = TokenMemory(self._verify, lambda: 0.0, 100)
         self.breaker = SpyBreaker("core")

@@ -136,21 +136,11 @@ def in_the_outage(run: Run, name: str) -> int:
     return sum(together[0] <= each.sent < together[1] for each in admitted(run.caller(name).asked))
 
 
-@pytest.mark.xfail(
-    reason="KeyLease: in `safe` what was leased is spent above the worker's share",
-    raises=AssertionError,
-    strict=True,
-)
 def test_what_was_leased_counts_in_the_share(runs: dict[str, Run]) -> None:
     run = runs["safe worst case"]
     assert in_the_outage(run, "lease") <= run.caller("lease").limit
 
 
-@pytest.mark.xfail(
-    reason="app: `fleet_told` is the pod's workers; a dead worker's share is had again",
-    raises=AssertionError,
-    strict=True,
-)
 def test_a_worker_that_comes_in_an_outage_adds_nothing(runs: dict[str, Run]) -> None:
     run = runs["safe worst case"]
     assert in_the_outage(run, "late") <= run.caller("late").limit

@@ -321,6 +321,7 @@ class World:
         self.breaker = SpyBreaker("core", **(breaker or {}))
         self.leases = Leases("worker", fleet=1)
         self.store = Store()
+        self.store.marker = ("", "served", 0)
         self.backend = Transcript(None)
         self.upstreams: list[FakeTransport] = []
         self.dialled: list[tuple[str, int]] = []

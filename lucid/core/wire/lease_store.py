@@ -78,7 +78,7 @@ class LeaseStore:
         self._couriers: dict[Shard, Courier] = {}
         self._fleet_told = fleet_told
         self._fleets: deque[tuple[float, int]] = deque()
-        self._layout_lock = asyncio.Lock()
+        self._next_look: asyncio.Future[None] | None = None
         self._layout_doubted = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._pushing: set[asyncio.Task[bool]] = set()
@@ -98,7 +98,7 @@ class LeaseStore:
             deadline_seconds=self._deadline_seconds,
             clock=self._clock,
             probed=self._probed,
-            moved=self._look_at_layout,
+            moved=self._have_looked,
             left=self._layout_doubted.set,
         )
 
@@ -172,7 +172,7 @@ class LeaseStore:
                 answer = await self._courier_of(partition.shard).ask(partition, [key], call)
             except MovedError as error:
                 self._link.redirected(error, partition.shard.name)
-                await self._look_at_layout()
+                await self._have_looked()
                 answer = await self._courier_of(partition.shard).ask(partition, [key], call)
         except FAILURES as error:
             raise StoreAwayError(str(error)) from error
@@ -304,26 +304,6 @@ class LeaseStore:
 
     # --- a cluster's layout
 
-    async def _look_at_layout(self) -> None:
-        """Learns which master answers for which keys; at most one look at a time. Never fails."""
-        if self._cluster is None:
-            return
-        async with self._layout_lock:
-            try:
-                addresses = await self._link.slots(refresh=True)
-            except AWAY_ERRORS as error:
-                _log.debug("limiter: nobody tells the cluster's layout (%s)", error)
-                return
-            came, went = self._cluster.learn(addresses, self.leases.move)
-            for shard in came:
-                self._couriers[shard] = self._courier(shard)
-            for shard in went:
-                # Its calls end now, and with them its partitions move.
-                await self._couriers.pop(shard).stop()
-            if self._tasks:
-                for shard in came:
-                    await self._couriers[shard].start()
-
     async def _follow_layout(self) -> None:
         while True:
             settled = self._cluster is not None and self._cluster.complete and not self.away
@@ -331,4 +311,36 @@ class LeaseStore:
                 async with asyncio.timeout(LAYOUT_SECONDS if settled else NEXT_LAYOUT_SECONDS):
                     await self._layout_doubted.wait()
             self._layout_doubted.clear()
-            await self._look_at_layout()
+            asked, self._next_look = self._next_look, None
+            try:
+                await self._look_at_layout()
+            finally:
+                if asked is not None:
+                    asked.set_result(None)
+
+    async def _have_looked(self) -> None:
+        """Has the cluster's layout looked at, by the one task that does, and waits for that."""
+        if not self._tasks:
+            return
+        if self._next_look is None:
+            self._next_look = asyncio.get_running_loop().create_future()
+        self._layout_doubted.set()
+        await asyncio.shield(self._next_look)
+
+    async def _look_at_layout(self) -> None:
+        """Learns which master answers for which keys. Never fails."""
+        if self._cluster is None:
+            return
+        try:
+            addresses = await self._link.slots(refresh=True)
+        except AWAY_ERRORS as error:
+            _log.debug("limiter: nobody tells the cluster's layout (%s)", error)
+            return
+        came, went = self._cluster.learn(addresses, self.leases.move)
+        for shard in came:
+            self._couriers[shard] = self._courier(shard)
+        for shard in went:
+            # Its calls end now, and with them its partitions move.
+            await self._couriers.pop(shard).stop()
+        if self._tasks:
+            await asyncio.gather(*(self._couriers[shard].start() for shard in came))
