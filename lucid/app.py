@@ -259,6 +259,9 @@ def create_app(settings: Settings) -> Sanic[Any, Any]:
     def readiness() -> tuple[bool, list[str]]:
         # Cut off from both stores, it accepts tokens that it cannot know to be revoked.
         missing = [*monitor.missing(), *(["revocations"] if watch.blind else [])]
+        if leases.troubled and "redis" not in missing:
+            # Redis answers, and yet does not do what limits need.
+            missing.append("limits")
         return serving and not wire.draining, missing
 
     answers.install(app, gateway)

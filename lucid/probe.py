@@ -1,6 +1,7 @@
 """Whether the gateway's dependencies answer, for `lucid check`: one try each, all at once."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 
 from lucid.settings import EndpointSettings, Settings
@@ -75,11 +76,19 @@ async def _mongodb(uri: str) -> None:
 
 
 async def _redis(uri: str) -> None:
-    from lucid.core.wire.redis_link import RedisLink
+    from lucid.core.exchange import Limit
+    from lucid.core.wire.lease_store import LeaseStore
+    from lucid.core.wire.redis_link import RedisLink, new_holder
 
     link = RedisLink(uri)
+    # What it would log is what is raised here.
+    logging.getLogger("lucid.limiter").setLevel(logging.CRITICAL)
+    limiter = LeaseStore(link, new_holder(), fleet_told=0)
     try:
         await link.commands.ping()
+        await limiter.start()
+        await limiter.look(Limit("check", 1), "check")
     finally:
+        await limiter.stop()
         await link.commands.aclose(close_connection_pool=True)
         await link.close()

@@ -125,7 +125,8 @@ class ClusterLogins:
         if known is None:
             limit, identifier = ("login", caller.address) if owner is None else ("refresh", owner)
             try:
-                await self._charge(limit, identifier, caller.exchange)
+                # Not as part of this request, which is not refused whatever it says.
+                await self._charge(limit, identifier, None)
             except GatewayError as error:
                 if error.code is not ErrorCode.RATE_LIMITED:
                     raise

@@ -237,6 +237,8 @@ def _check_whole(file: str, routes: tuple[RouteSettings, ...], faults: list[str]
         faults.append(f"{file}.routes: {fault}")
     numbers: dict[str, LimitSettings] = {}
     for row in routes:
+        if len({limit.name for limit in row.limits}) != len(row.limits):
+            faults.append(f"{file}.routes: {row.path}: a limit must not stand twice on a route")
         for limit in row.limits:
             if numbers.setdefault(limit.name, limit) != limit:
                 must = f"the limit {limit.name!r} must have the same numbers wherever it stands"

@@ -21,4 +21,4 @@ def test_each_key_needs_a_message() -> None:
 def test_a_bucket_without_spends_or_leases_frees_nothing() -> None:
     bucket = Bucket(4)
     bucket.advance(1_000, 100)
-    assert (bucket.free_ms(), bucket.reserved(), bucket.slot) == (0, 0, 10)
+    assert (bucket.free_ms(10), bucket.reserved(), bucket.slot) == (0, 0, 10)

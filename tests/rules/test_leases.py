@@ -271,7 +271,7 @@ def test_a_token_put_aside_is_spent_when_the_other_limit_grants(world: World) ->
     assert world.store.buckets["rate_limit:user:alice"].spent == 1
 
 
-def test_a_token_put_aside_that_expired_meanwhile_admits_nobody(world: World) -> None:
+def test_whose_token_put_aside_expired_meanwhile_asks_once_more(world: World) -> None:
     tier = Limit("tier", 1_000)
     leases, both = worker(world, (tier, USER))
     world.ask(leases, leases.claim(LimitSet((tier,)), "alice", ""), 20)
@@ -282,9 +282,54 @@ def test_a_token_put_aside_that_expired_meanwhile_admits_nobody(world: World) ->
     answer = world.answer(flight)
     world.seconds = 3.0
     leases.apply(flight, answer, world.now(leases))
-    assert admitted == [False]
     both.all[0].roll(world.now(leases))
-    assert (both.all[0].aside, both.all[0].has) == (0, 0)
+    assert (admitted, both.all[0].aside, both.all[0].has) == ([], 0, 0)
+    for _ in range(3):
+        world.call(leases)
+        leases.sweep(world.now(leases))
+    assert admitted == [True]
+    assert world.store.buckets["rate_limit:user:alice"].spent == 1, "the first charge was given back"
+
+
+def test_what_is_granted_to_who_was_decided_alone_is_given_back(world: World) -> None:
+    leases, claim = worker(world, fleet=2)
+    admitted: list[bool] = []
+    for _ in range(3):
+        leases.wait(claim, admitted.append)
+    late = world.compose(leases)
+    assert late is not None
+    leases.leave(leases.shard, world.now(leases))
+    leases.abandon(late, world.now(leases))
+    assert admitted == [True] * 3
+    leases.apply(late, world.answer(late), world.now(leases))
+    leases.shard.arrive(world.now(leases))
+    for _ in range(4):
+        world.seconds += 0.1
+        leases.sweep(world.now(leases))
+        world.call(leases)
+    assert world.store.buckets["rate_limit:user:alice"].spent == 3
+
+
+def test_a_share_is_kept_of_what_was_put_aside_too(world: World) -> None:
+    """A request that waits for another limit has no claim to a token that its worker may not spend alone."""
+    tier = Limit("tier", 40)
+    leases, both = worker(world, (tier, USER), fleet=20)
+    world.ask(leases, leases.claim(LimitSet((tier,)), "alice", ""), 10)
+    assert both.all[0].has > 2
+    flights = []
+    for _ in range(5):
+        leases.wait(both, lambda admitted: None)
+    flights = leases.compose(world.now(leases))
+    assert both.all[0].aside == 5
+    leases.leave(leases.shard, world.now(leases))
+    assert (both.all[0].has, both.all[0].aside) == (0, 0), "ten in the window, of a share of two"
+    leases.abandon(flights[0], world.now(leases))
+    assert both.all[0].has == 0
+
+
+def test_one_limit_does_not_stand_twice_in_a_set() -> None:
+    with pytest.raises(ValueError, match="twice"):
+        LimitSet((USER, USER))
 
 
 def test_with_all_tokens_at_hand_two_limits_need_no_store(world: World) -> None:

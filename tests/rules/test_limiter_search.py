@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from lucid.core.rules.bucket import Bucket
-from tests.support.limiter_faults import FAULTS, REFUNDED_RESET, WORLDS, Fault
-from tests.support.limiter_states import key, replay, restore, search, snapshot, unnamed
+from tests.support.limiter_faults import ABSENCES, ABSENT_FAULTS, FAULTS, REFUNDED_RESET, WORLDS, Fault
+from tests.support.limiter_states import key, replay, restore, search, snapshot, unnamed, walks
 from tests.support.limiter_world import EPOCH_MS, SLOT_MS, OverError, Size, World
 
-QUICK_STATES = 1_500
+QUICK_STATES = 1_000
 QUICK = [fault for fault in FAULTS if fault.quick]
 
 
@@ -50,8 +50,8 @@ def test_a_rule_left_out_is_over_on_its_shortest_path(fault: Fault) -> None:
 def test_the_first_steps_around_an_absence_are_within_its_bounds(
     workers: int, limit: int, slots: int
 ) -> None:
-    """In `safe`: the limit, and `limit (N - 1) / N` more where the window holds what was leased before."""
-    size = Size(workers, limit, slots, "rcpdaq", "wy", {"w": 1}, air=1, mode="safe", inside=False)
+    """In `safe`: the limit, and `limit (N - 1) / N` more where the window holds the absence's beginning."""
+    size = Size(workers, limit, slots, "rcpdaq", "wy", {"w": 1}, air=1, mode="safe")
     found = search(size, most_states=QUICK_STATES)
     assert found.path is None, found
 
@@ -61,7 +61,7 @@ def test_the_first_steps_around_an_absence_are_within_its_bounds(
 def test_no_path_around_an_absence_is_over_its_bounds(
     workers: int, limit: int, slots: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    size = Size(workers, limit, slots, "rcpdaq", "wy", {"w": 1}, air=1, mode="safe", inside=False)
+    size = Size(workers, limit, slots, "rcpdaq", "wy", {"w": 1}, air=1, mode="safe")
     found = search(size, most_states=600_000, seconds=900.0)
     with capsys.disabled():
         print(f"\n  safe, {workers} workers, limit {limit}   {found}")
@@ -84,6 +84,35 @@ def test_the_search_finds_each_rule_left_out(fault: Fault, capsys: pytest.Captur
     with capsys.disabled():
         print(f"\n  {fault.name:28}{found}")
     assert found.path is not None and len(found.path) <= len(fault.path.split()), found
+
+
+# --- through an absence and past its end
+
+
+@pytest.mark.parametrize("name", ABSENCES)
+def test_the_end_of_an_absence_costs_nothing(name: str) -> None:
+    """In every window that begins with the absence or later, the end included: the limit; see `ABSENCES`."""
+    walked = walks(ABSENCES[name], most=350)
+    assert walked.path is None, walked
+
+
+@pytest.mark.parametrize("fault", ABSENT_FAULTS, ids=[fault.name for fault in ABSENT_FAULTS])
+def test_a_rule_of_absences_left_out_is_found(fault: Fault) -> None:
+    walked = walks(fault.size, fault.rules, most=350, seconds=60.0)
+    assert walked.path is not None, walked
+    for path in (walked.path, fault.path.split()):
+        with pytest.raises(OverError):
+            replay(fault.size, path, fault.rules)
+        replay(fault.size, path)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ABSENCES)
+def test_long_walks_through_an_absence(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    walked = walks(ABSENCES[name], seed=2, seconds=120.0)
+    with capsys.disabled():
+        print(f"\n  {name:24}{walked}")
+    assert walked.path is None, walked
 
 
 # --- what was found, and is mended
@@ -116,10 +145,11 @@ def test_every_field_of_the_searched_objects_is_known() -> None:
     assert unnamed(World(Size())) == []
 
 
-@pytest.mark.parametrize("name", WORLDS)
-def test_a_state_that_was_come_back_to_goes_on_alike(name: str) -> None:
+@pytest.mark.parametrize(
+    "size", [*WORLDS.values(), *ABSENCES.values()], ids=[*WORLDS, *(f"away, {name}" for name in ABSENCES)]
+)
+def test_a_state_that_was_come_back_to_goes_on_alike(size: Size) -> None:
     """Beside a world that was never interrupted, so that a field that a snapshot left out would be seen."""
-    size = WORLDS[name]
     straight, back = World(size), World(size)
     for at in range(60):
         actions = [action for action in size.actions() if straight.possible(action)]
@@ -149,16 +179,19 @@ def test_a_bucket_looked_at_often_is_as_one_looked_at_once() -> None:
 # --- longer paths, at random
 
 
+LETTERS = "rcbspodnDalgkh"
+
+
 class Walk(RuleBasedStateMachine):
     """Whatever is possible, in any order: Hypothesis shortens what it finds. `World` checks each admission."""
 
-    size = Size(workers=3, limit=4, slots=2, letters="rcbspodnDalgkh", events="ij", most={"j": 2}, lazy=True)
+    size = Size(workers=3, limit=4, slots=2, letters=LETTERS, events="ij", most={"j": 2}, lazy=True)
 
     def __init__(self) -> None:
         super().__init__()
         self.world = World(self.size)
 
-    @rule(letter=st.sampled_from("rcbspodnDalgkh"), place=st.integers(0, 2))
+    @rule(letter=st.sampled_from(LETTERS), place=st.integers(0, 2))
     def worker(self, letter: str, place: int) -> None:
         self.world.step(f"{letter}{place}")
 
@@ -182,5 +215,21 @@ class Walk(RuleBasedStateMachine):
         self.world.step("j")
 
 
+class RefundingWalk(Walk):
+    """With refunds and resets too."""
+
+    size = Size(3, 4, 2, LETTERS + "fF", "ijz", {"j": 2}, lazy=True)
+
+    @rule(letter=st.sampled_from("fF"), place=st.integers(0, 2))
+    def refund(self, letter: str, place: int) -> None:
+        self.world.step(f"{letter}{place}")
+
+    @rule()
+    def reset(self) -> None:
+        self.world.step("z")
+
+
 Walk.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+RefundingWalk.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
 TestWalk = Walk.TestCase
+TestRefundingWalk = RefundingWalk.TestCase

@@ -176,7 +176,7 @@ def test_a_partition_moves_when_its_calls_have_ended(cluster: Cluster) -> None:
     (flight,) = cluster.leases.compose(cluster.now, cluster.shards["a"])
     cluster.leases.wait(claim, settled.append)
     new = cluster.shards["c"] = Shard("c")
-    cluster.leases.move(cluster.partitions["a"], new)
+    assert not cluster.partitions["a"].move(new)
     assert cluster.partitions["a"].shard is cluster.shards["a"], "its call is still on its way"
     cluster.leases.fail(flight, cluster.now)
     assert cluster.partitions["a"].shard is new
@@ -192,8 +192,12 @@ def test_what_was_due_moves_along(cluster: Cluster) -> None:
     (lease,) = cluster.leases.claim(LimitSet((A,)), "alice", "").all
     cluster.shards["a"].due[lease] = None
     new = cluster.shards["c"] = Shard("c")
-    cluster.leases.move(cluster.partitions["a"], new)
-    cluster.leases.move(cluster.partitions["a"], new)
+    cluster.shards["a"].summoned[cluster.partitions["a"]] = None
+    for _ in range(2):
+        assert cluster.partitions["a"].move(new)
+        cluster.leases.refile(cluster.shards["a"])
+    assert (list(new.summoned), list(cluster.shards["a"].summoned)) == ([cluster.partitions["a"]], [])
+    new.summoned.clear()
     assert (list(new.due), list(cluster.shards["a"].due)) == ([lease], [])
     # Where the name of a key is filed with the old one all the same, it is sent on.
     cluster.shards["a"].due[lease] = None

@@ -1,10 +1,8 @@
 """Challenges and revocations on Redis Cluster, where the keys of one command lie in one slot."""
 
 import asyncio
-import tempfile
 
 import pytest
-import redis
 
 from lucid.core.rules.tokens import TokenMemory
 from lucid.core.wire.redis_link import RedisLink
@@ -12,18 +10,19 @@ from lucid.errors import ErrorCode
 from lucid.services import challenges as module
 from lucid.services.challenges import Challenges
 from lucid.services.revocations import Revocation, Revocations
-from tests.support.servers import until
-from tests.support.stores import RedisChild, free_port
+from tests.support.stores import ClusterOfChildren
 from tests.support.wallet import Wallet
 from tests.support.workers import ORIGIN, Fleet
 
 
-def test_challenges_and_revocations_on_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_challenges_and_revocations_on_a_cluster(
+    cluster: ClusterOfChildren, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "MAX_OUTSTANDING", 3)
     fleet = Fleet()
 
-    async def main(port: int) -> None:
-        link = RedisLink(f"redis+cluster://127.0.0.1:{port}")
+    async def main() -> None:
+        link = RedisLink(cluster.uri)
         client = link.commands
         challenges = Challenges(client, ORIGIN, fleet.wall_clock)
         address = Wallet.generate().address
@@ -46,13 +45,4 @@ def test_challenges_and_revocations_on_a_cluster(monkeypatch: pytest.MonkeyPatch
         assert other.revocations == 1
         await link.close()
 
-    with tempfile.TemporaryDirectory(prefix="lucid-test-") as folder:
-        child = RedisChild(folder, "--cluster-enabled", "yes", "--cluster-port", str(free_port()))
-        child.start()
-        try:
-            with redis.Redis(port=child.port) as node:
-                node.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16_383)
-                until(lambda: node.cluster("info")["cluster_state"] == "ok")
-            asyncio.run(main(child.port))
-        finally:
-            child.kill()
+    asyncio.run(main())

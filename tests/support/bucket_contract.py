@@ -129,6 +129,17 @@ class BucketContract:
         assert talk.settle(499, "b", 2, direct=1)[1] == 0
         assert talk.settle(500, "b", 3, direct=1)[1] == 1
 
+    def test_over_its_limit_more_than_one_slot_must_leave(self, driver: Driver) -> None:
+        """The limit was lowered, or more was admitted while the store was away."""
+        talk = Conversation(driver)
+        for number in range(5):
+            talk.settle(100 * number, "a", number + 1, direct=2)
+        assert talk.settle(450, "b", 1, limit=10)[0].free_ms == 50
+        assert talk.settle(450, "b", 2, limit=7)[0].free_ms == 150
+        assert talk.settle(450, "b", 3, limit=2)[0].free_ms == 450
+        assert talk.settle(450, "b", 4, limit=1)[0].free_ms == 450
+        assert talk.settle(900, "b", 5, direct=1, limit=1)[1] == 1
+
     def test_a_lease_takes_at_most_half_of_what_is_free_or_an_even_share(self, driver: Driver) -> None:
         talk = Conversation(driver, limit=100)
         assert talk.settle(0, "a", 1, want=80)[0].granted == 50
@@ -513,9 +524,9 @@ class BucketContract:
         answer, _ = talk.settle(2, "c", 1, share=1, fleet=6, reported=True, roll="e1")
         assert answer.elsewhere == 4
 
-    def test_a_fleet_that_nobody_named_reserves_nothing(self, driver: Driver) -> None:
+    def test_of_a_fleet_that_nobody_named_somebody_is_missing(self, driver: Driver) -> None:
         talk = Conversation(driver)
-        assert talk.settle(0, "a", 1, share=5, direct=10, back=True)[1] == 10
+        assert talk.settle(0, "a", 1, share=10, direct=10, back=True)[1] == 0
         assert talk.roll == "e1"
         talk.settle(1, "a", 2, share=5, reported=True, roll="e1")
         assert talk.settle(2, "b", 1, share=5, fleet=2)[0].elsewhere == 0

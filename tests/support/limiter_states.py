@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from marshal import dumps
 from math import ceil
+from random import Random
 from typing import Any
 
 from lucid.core.rules.bucket import CURRENT_SLOT, Answer, Bucket, Call, Record
@@ -39,8 +40,8 @@ KEPT: dict[type, tuple[str, ...]] = {
         "acked", "aside", "deadline", "generation", "has", "heard", "held_until", "history", "history_sum", "journal",
         "offset_low_ms", "offset_ms", "opened", "recorded_until", "refunds", "sent", "slot", "until",
     ),
-    Leases: ("seq",),
-    Shard: ("absences", "away", "due", "summoned", "waiting"),
+    Leases: ("alone_from", "fleet", "seq"),
+    Shard: ("absences", "away", "back_at", "due", "summoned", "waiting"),
     Partition: ("known", "owing", "roll", "told"),
 }  # fmt: skip
 """What makes a state."""
@@ -49,13 +50,15 @@ WITHOUT_EFFECT: dict[type, tuple[str, ...]] = {
     KeyLease: (
         "__weakref__", "counted", "counters", "deny_until", "elsewhere", "fields_pattern", "flying", "free", "free_at",
         "identifier", "key", "limit", "low", "partition", "policy", "recall_paused", "recalled", "recalled_at",
-        "recalling", "renew_at", "reserved", "shape", "since", "state_pattern", "worker", "x_pattern", "young_ms",
+        "recalling", "renew_at", "reserved", "shape", "since", "spent_there", "state_pattern",
+        "worker", "x_pattern", "young_ms",
     ),
     Leases: (
-        "_by_key", "_calls", "_half", "_old", "_partition", "_slots", "_young", "alone_from", "counters_of", "deferred",
-        "fleet", "holder", "late", "partition", "live", "most_live", "partition_of", "recall", "shape", "shard", "wake",
+        "_by_key", "_calls", "_half", "_lapsing", "_old", "_partition", "_slots", "_young", "counters_of",
+        "deferred", "held_until", "holder", "late", "partition", "live", "most_live", "partition_of",
+        "recall", "shape", "shard", "wake",
     ),
-    Shard: ("back_at", "name"),
+    Shard: ("name",),
     Partition: ("marker", "next", "open", "rolled_at", "shard"),
 }  # fmt: skip
 """What never changes here, is shown only, or decides when a worker asks: here it may at any time."""
@@ -77,6 +80,7 @@ def unnamed(world: World) -> list[str]:
             {
                 "absences",
                 "call",
+                "dismissed",
                 "groups",
                 "leases",
                 "needs",
@@ -114,6 +118,7 @@ def snapshot(world: World) -> Snapshot:
             inside = (
                 flight.takers,
                 flight.groups,
+                flight.dismissed,
                 [(waiter, waiter.aside, waiter.direct) for waiter in waiters],
             )
         workers.append(
@@ -144,7 +149,8 @@ def snapshot(world: World) -> Snapshot:
                     tuple(lease.refunds),
                     lease.recorded_until,
                 ),
-                (shard.absences, shard.away, tuple(shard.due), tuple(shard.summoned), tuple(shard.waiting)),
+                (shard.absences, shard.away, shard.back_at, tuple(shard.due), tuple(shard.summoned)),
+                (tuple(shard.waiting), worker.leases.fleet, worker.leases.alone_from),
                 (partition.known, tuple(partition.owing), partition.roll, partition.told),
                 (flight, inside, tuple(worker.air), worker.answer, worker.spared),
             )
@@ -154,14 +160,14 @@ def snapshot(world: World) -> Snapshot:
         copy_store(world.store),
         world.saved,
         tuple(world.admissions),
-        (world.tick, world.behind, world.run, world.there, world.ended, world.began, world.ghost),
+        (world.tick, world.behind, world.run, world.there, world.ended, world.began, world.lost, world.ghost),
         tuple(world.left.values()),
     )
 
 
 def restore(world: World, kept: Snapshot) -> None:
     workers, store, world.saved, admissions, plain, left = kept
-    for place, (worker, numbers, times, lists, away, told, flying) in enumerate(workers):
+    for place, (worker, numbers, times, lists, away, fleet, told, flying) in enumerate(workers):
         world.workers[place] = worker
         lease = worker.lease
         partition = lease.partition
@@ -174,19 +180,22 @@ def restore(world: World, kept: Snapshot) -> None:
         ) = times  # fmt: skip
         journal, history, lease.history_sum, refunds, lease.recorded_until = lists
         lease.journal, lease.history, lease.refunds = list(journal), deque(history), list(refunds)
-        shard.absences, shard.away, due, summoned, waiting = away
+        shard.absences, shard.away, shard.back_at, due, summoned = away
+        waiting, worker.leases.fleet, worker.leases.alone_from = fleet
         shard.due, shard.summoned, shard.waiting = dict.fromkeys(due), dict.fromkeys(summoned), deque(waiting)
         partition.known, owing, partition.roll, partition.told = told
         partition.owing = set(owing)
         worker.flight, inside, air, worker.answer, worker.spared = flying
         worker.air = list(air)
         if inside is not None:
-            worker.flight.takers, worker.flight.groups, waiters = inside
+            worker.flight.takers, worker.flight.groups, worker.flight.dismissed, waiters = inside
             for waiter, aside, direct in waiters:
                 waiter.aside, waiter.direct = aside, direct
     world.store = copy_store(store)
     world.admissions = list(admissions)
-    world.tick, world.behind, world.run, world.there, world.ended, world.began, world.ghost = plain
+    world.tick, world.behind, world.run, world.there, world.ended, world.began, world.lost, world.ghost = (
+        plain
+    )
     world.left = dict(zip(world.left, left, strict=True))
 
 
@@ -199,7 +208,8 @@ class _Keys:
     def __init__(self, world: World) -> None:
         self.world = world
         self.safe = world.size.mode == "safe"
-        self.refunds = "f" in world.size.letters
+        # A call that nobody waits for any more is refunded what it was granted directly.
+        self.refunds = not set("fcs").isdisjoint(world.size.letters)
         self.store_ms = world.store_ms
         self.slot = self.store_ms // SLOT_MS
         self.first = self.slot - world.size.slots
@@ -277,6 +287,7 @@ class _Keys:
             flying = (
                 (flight.sent - now) * 1_000 // TICK_MS,
                 (rank[messages[0].seq], messages[0].keep) if messages else (),
+                flight.dismissed,
                 len(flight.takers) + sum([len(group) for group in flight.groups.values()]),
                 self.answer(worker.answer) if worker.answer is not None else (),
             )
@@ -313,6 +324,12 @@ class _Keys:
                 self.roll(partition.roll),
                 bool(partition.owing),
                 roll is not None and worker.holder in roll.here,
+                # Told to the store or not: after so long a return is news to nobody.
+                max(LONG_AGO, round((shard.back_at - now) * 1_000 / TICK_MS)) if shard.back_at < 1e9 else 1,
+                worker.leases.fleet,
+                self.until(worker.leases.alone_from + world.limit.window_seconds, now)
+                if worker.leases.alone_from > -1e9
+                else 0,
             )
         if self.refunds:
             key += (
@@ -414,6 +431,7 @@ class _Keys:
                 () if world.began is None else max(world.began - world.tick, -world.size.window_ticks),
                 () if world.ended is None else max(world.ended - world.tick, LONG_AGO),
                 world.there,
+                tuple([at - world.tick for at in world.lost if at >= world.tick - world.size.window_ticks]),
                 ()
                 if roll is None
                 else ((roll.began_ms - self.store_ms) // TICK_MS, roll.fleet, len(roll.here)),
@@ -512,3 +530,83 @@ def replay(size: Size, path: list[str], rules: Rules | None = None) -> World:
     for action in path:
         world.step(action)
     return world
+
+
+# --- walks
+
+
+@dataclass
+class Walked:
+    """What random walks came to. `path`: the shortest that was left of one over its bound, if there was one."""
+
+    path: list[str] | None
+    walks: int
+    steps: int
+    seconds: float
+
+    def __str__(self) -> str:
+        end = f"OVER: {' '.join(self.path)} ({len(self.path)} steps)" if self.path else "not over"
+        return f"{self.walks:,} walks, {self.steps:,} steps, {self.seconds:.1f} s: {end}"
+
+
+LIKELY = {"t": 6, "r": 4, "q": 2, "p": 2, "k": 1, "K": 1}
+"""How often an action is taken, against others; those that are not named: 2."""
+
+
+def walks(
+    size: Size, rules: Rules | None = None, *, seed: int = 1, most: int = 1_000_000, seconds: float = 5.0
+) -> Walked:
+    """Through one absence of the store each, and well past its end: there no search from the beginning comes.
+
+    Many walks of some hundred steps, each with an absence somewhere in its first third. Equal seeds give equal
+    walks.
+    """
+    began = time.monotonic()
+    dice = Random(seed)
+    actions = [action for action in size.actions() if action[0] not in "wy"]
+    steps = walked = 0
+    while walked < most and time.monotonic() - began < seconds:
+        walked += 1
+        world = World(size, rules)
+        # Some windows of a tick each or none, so that an absence may be shorter than one.
+        away = dice.randint(1, 30)
+        back = away + dice.randint(1, 50)
+        # An action that is likely in one walk is not in another.
+        weights = [LIKELY.get(action[0], 2) * dice.choice((0.2, 1.0, 2.0)) for action in actions]
+        path: list[str] = []
+        try:
+            for at in range(back + 80):
+                action = "w" if at == away else "y" if at == back else dice.choices(actions, weights)[0]
+                if world.possible(action):
+                    path.append(action)
+                    world.step(action)
+        except OverError:
+            return Walked(shortened(size, path, rules), walked, steps, time.monotonic() - began)
+        finally:
+            steps += len(path)
+    return Walked(None, walked, steps, time.monotonic() - began)
+
+
+def shortened(size: Size, path: list[str], rules: Rules | None = None) -> list[str]:
+    """What is left of a path that is over when no step can be left out, nor any two."""
+
+    def over(path: list[str]) -> bool:
+        try:
+            replay(size, path, rules)
+        except OverError:
+            return True
+        return False
+
+    together = max(1, len(path) // 2)
+    while together:
+        at = 0
+        less = False
+        while at < len(path):
+            shorter = path[:at] + path[at + together :]
+            if over(shorter):
+                path, less = shorter, True
+            else:
+                at += 1
+        if not less:
+            together //= 2
+    return path

@@ -12,8 +12,10 @@ slot and a half, a window has one slot or two, the limit is 2 to 4. A step is a 
     a  the answer arrives (else it is lost)       g  the call is given up
     f  the newest request admitted is refused     F  the oldest is
        elsewhere, and refunded
-    k  the worker is killed, another comes        h  as k, but its oldest message is on its way
-    q  the worker tries an absent store
+    k  the worker is killed, another comes;       h  as k, but its oldest message is on its way
+       in `safe` only while the store is away
+    q  the worker tries an absent store           u  the worker is told of the fleet
+    K  as k, in an absence; the successor is told of no fleet until `u`
 
 and without a number:
 
@@ -106,8 +108,15 @@ class Size:
     mode: str = "strict"
     lazy: bool = False
     inside: bool = True
-    """In `safe`: whether a window that lies wholly inside an absence is told from one that holds its beginning,
+    """In `safe`: whether a window that begins inside an absence is told from one that holds its beginning,
     though tokens leased before it may be spent there."""
+    punctual: bool = True
+    """No roll call lapses by its time: whoever it misses tells before."""
+    told: bool = True
+    """A successor is told of the fleet before it tries the store: a roll call that it begins without misses nobody."""
+
+    anytime: bool = False
+    """In `safe`: workers are killed and come while the store is there, too."""
 
     @property
     def window_ticks(self) -> int:
@@ -184,20 +193,24 @@ class World:
         self.ended: int | None = None
         """When the last absence of the store ended; None: there was none."""
         self.began: int | None = None
+        self.lost: tuple[int, ...] = ()
+        """When workers were killed who may have admitted what the store was not told of."""
         self.ghost: tuple[str, Sent] | None = None
         """A message of the dead, and whose it was."""
         self.left = {letter: size.most[letter] for letter in size.most}
         self.steps: dict[str, Callable[..., bool]] = {
-            letter: getattr(self, {"D": "do_d_again", "F": "do_f_oldest"}.get(letter, f"do_{letter}"))
+            letter: getattr(
+                self, {"D": "do_d_again", "F": "do_f_oldest", "K": "do_k_untold"}.get(letter, f"do_{letter}")
+            )
             for letter in (*size.letters, "t", *size.events)
         }
         self.workers = [self._newborn(place) for place in range(size.workers)]
 
-    def _newborn(self, place: int) -> Worker:
+    def _newborn(self, place: int, *, told: bool = True) -> Worker:
         self.born += 1
         leases = self.kind(
             self.rules.holder(place, self.born),
-            fleet=self.size.workers,
+            fleet=self.size.workers if told else 0,
             shape=lambda _: self.shape,
             slots=self.size.slots,
         )
@@ -208,6 +221,10 @@ class World:
             flight = leases.probe(self.now(worker), worker.lease.partition)
             flight.call.run = f"run{self.run}"
             leases.apply(flight, self.store.call([], flight.call, self.store_ms), self.now(worker))
+        if not self.there:
+            # As `LeaseStore.start` where nothing answers: it may know of a fleet by a setting only.
+            leases.alone_from = self.now(worker)
+            leases.leave(leases.shard, self.now(worker))
         return worker
 
     # --- time
@@ -243,8 +260,14 @@ class World:
             return worker.flight is not None
         if letter == "r":
             return worker.lease.has > 0 or self.size.mode == "safe"
+        if letter == "K":
+            return not self.there
         if letter in "kh":
-            return worker.leases.seq > 0
+            return worker.leases.seq > 0 and (self.size.mode != "safe" or self.size.anytime or not self.there)
+        if letter == "q" and self.size.told and not worker.leases.fleet:
+            return False
+        if letter == "u":
+            return self.there and worker.leases.fleet < self.size.workers
         return True
 
     def step(self, action: str) -> bool:
@@ -258,6 +281,10 @@ class World:
         return done
 
     def do_t(self) -> bool:
+        roll = self.store.roll
+        lapses_ms = roll.began_ms + (ROLL_TICKS - 1) * TICK_MS if roll is not None else 0
+        if self.size.punctual and lapses_ms and self.store_ms >= lapses_ms:
+            return False
         for worker in self.workers:
             if worker.flight is not None and self.tick - self._sent(worker, worker.flight) >= PATIENCE_TICKS:
                 return False
@@ -294,15 +321,17 @@ class World:
     def bound(self) -> int:
         limit, others = self.size.limit, self.size.workers - 1
         first = self.tick - self.size.window_ticks
-        if (
-            self.size.mode == "strict"
-            or self.began is None
-            or (self.ended is not None and first >= self.ended)
+        if self.size.mode == "strict" or self.began is None:
+            return limit
+        if self.ended is not None or self.size.anytime:
+            # What died untold is missed by nobody.
+            share = max(1, limit // self.size.workers)
+            limit += share * sum(1 for at in self.lost if at >= first)
+        if first < self.began + (0 if self.size.inside else self.size.life_ticks) or (
+            self.ended is not None and (self.size.anytime or not self.size.told)
         ):
-            return limit
-        if first >= self.began + (0 if self.size.inside else self.size.life_ticks):
-            return limit
-        return limit + limit * others // self.size.workers
+            limit += self.size.limit * others // self.size.workers
+        return limit
 
     def _ask(self, worker: Worker) -> Take:
         take = worker.claim.take(self.now(worker))
@@ -429,10 +458,24 @@ class World:
         worker.spared = False
         return True
 
-    def do_k(self, worker: Worker) -> bool:
-        if worker.leases.seq == 0:
+    def do_k(self, worker: Worker, *, told: bool = True) -> bool:
+        if told and worker.leases.seq == 0:
             return False
-        self.workers[self.workers.index(worker)] = self._newborn(self.workers.index(worker))
+        if worker.leases.shard.away or worker.lease.partition.owing or self.size.anytime:
+            self.lost += (self.tick,)
+        place = self.workers.index(worker)
+        self.workers[place] = self._newborn(place, told=told)
+        return True
+
+    def do_k_untold(self, worker: Worker) -> bool:
+        return not self.there and self.do_k(worker, told=False)
+
+    def do_u(self, worker: Worker) -> bool:
+        """By the control channel, which is there with the store: before or after the store is tried."""
+        if not self.there or worker.leases.fleet == self.size.workers:
+            return False
+        worker.leases.fleet = self.size.workers
+        worker.leases.alone_from = float("-inf")
         return True
 
     def do_h(self, worker: Worker) -> bool:

@@ -1,7 +1,7 @@
 """Stores of a test session's own: the embedded servers, on a port that they keep when they are ended and come back.
 
 Two kinds of tests use them: those that need a running store (session fixtures `mongo` and `redis_server`, one of
-each for all), and those that end it on the way (`mongodb`, `valkey`; `redis_cluster`, `redis_sentinels`).
+each for all), and those that end it on the way (`mongodb`, `valkey`; `cluster`, `redis_sentinels`).
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import pytest
 import redis
 from redis.exceptions import RedisError
 
+from lucid.core.wire.control_channel import STREAM_KEY
 from lucid.core.wire.redis_slots import SLOTS, slot_of
 from lucid.dev.embedded import LOOPBACK, EmbeddedServer, Secantus, Valkey, find_valkey, free_port
 from tests.support.servers import until
@@ -123,10 +124,16 @@ class ClusterOfChildren:
     def at(self, address: str) -> RedisChild:
         return next(node for node in self.nodes if address_of(node) == address)
 
-    def master_of(self, key: str, asked: RedisChild | None = None) -> RedisChild:
-        """As a node that runs says it; may be one that is dead."""
-        asked = asked or next(node for node in self.nodes if node.answers())
-        for first, last, master, *_ in _says(asked.port, "CLUSTER", "SLOTS"):
+    def slots(self) -> Any:
+        """As a node that runs tells them: first, last, master, replicas. The master may be dead."""
+        return _says(next(node for node in self.nodes if node.answers()).port, "CLUSTER", "SLOTS")
+
+    def masters(self) -> list[RedisChild]:
+        ports = {port for _, _, (_, port, *_), *_ in self.slots()}
+        return [node for node in self.nodes if node.port in ports]
+
+    def master_of(self, key: str) -> RedisChild:
+        for first, last, master, *_ in self.slots():
             if first <= slot_of(key) <= last:
                 return self.at(f"{LOOPBACK}:{master[1]}")
         raise AssertionError(f"no master for {key}")
@@ -302,3 +309,17 @@ def mongo() -> Iterator[MongoChild]:
 def redis_server() -> Iterator[RedisChild]:
     with valkey() as child:
         yield child
+
+
+@pytest.fixture(scope="session")
+def _kept_cluster() -> Iterator[ClusterOfChildren]:
+    # One for all: a master takes two seconds until it may be written to.
+    with redis_cluster(follow=STREAM_KEY) as made:
+        yield made
+
+
+@pytest.fixture
+def cluster(_kept_cluster: ClusterOfChildren) -> ClusterOfChildren:
+    """Whole, with what tests before left in it. The replica is the control channel's master's."""
+    _kept_cluster.mend()
+    return _kept_cluster

@@ -13,7 +13,7 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lucid.core.rules.bucket import Answer, Call, Entry, Group, Message, Store
+from lucid.core.rules.bucket import Answer, Call, Entry, Group, Message, Op, Store
 from tests.support.bucket_contract import LONG_MS, NOW, SLOT_MS, BucketContract, Conversation, K, slot
 from tests.support.stores import RedisChild
 
@@ -131,6 +131,50 @@ class TestScript(BucketContract):
             "hset": 1,
         }
         assert not {"hget", "hgetall", "hdel", "set", "pexpire"} & set(names)
+
+    @pytest.mark.parametrize("garbage", ["nothing", "[1,2]", '{"a":1}', "[" * 40])
+    @pytest.mark.parametrize("field", ["m", ":a", ":b", str(slot(0) % (K + 1))])
+    def test_what_others_wrote_into_a_key_takes_no_other_along(
+        self, driver: ScriptDriver, field: str, garbage: str
+    ) -> None:
+        """It counts as forgotten where it is needed, as a key that was deleted would be."""
+        talk = Conversation(driver)
+        for holder in "ab":
+            talk.settle(0, holder, 1, want=2, direct=1)
+        driver.client.hset(talk.key, field, garbage)
+        one = (
+            talk.key,
+            Message(op=Op.SETTLE, limit=10, slot_ms=SLOT_MS, long_ms=LONG_MS, seq=2, life_ms=200),
+        )
+        other = ("rate_limit:u:a", Message(op=Op.SETTLE, limit=10, slot_ms=SLOT_MS, long_ms=LONG_MS, seq=3))
+        for at in (10, 220, 450):
+            answer = talk.send(at, [one, other], "a", [Group(1, [1])])
+            assert answer.direct == [1]
+            assert 0 <= answer.keys[0].free <= 10
+
+    def test_a_key_of_another_type_begins_anew(self, driver: ScriptDriver) -> None:
+        talk = Conversation(driver)
+        driver.client.set(talk.key, "garbage")
+        assert talk.settle(0, "a", 1, direct=4)[1] == 4
+        assert talk.look(10).spent == 4
+
+    def test_a_marker_that_is_not_one_counts_as_lost(self, driver: ScriptDriver) -> None:
+        talk = Conversation(driver)
+        driver.client.set(MARKER_KEY, "garbage")
+        assert talk.settle(0, "a", 1, direct=4)[0].held_ms == (K + 2) * SLOT_MS + LONG_MS
+        driver.client.set(MARKER_KEY, "r1 e 99999999999999")
+        assert talk.settle(10, "a", 2)[0].held_ms == (K + 2) * SLOT_MS + LONG_MS
+
+    def test_a_probe_fails_where_nothing_can_be_written(self, driver: ScriptDriver) -> None:
+        talk = Conversation(driver)
+        talk.settle(0, "a", 1, direct=4)
+        driver.client.config_set("maxmemory", 1)
+        try:
+            with pytest.raises(redis.ResponseError, match="memory"):
+                talk.send(10, [], "a")
+        finally:
+            driver.client.config_set("maxmemory", 0)
+        assert talk.send(20, [], "a").direct == []
 
     def test_holders_that_are_gone_leave_nothing_behind(self, driver: ScriptDriver) -> None:
         talk = Conversation(driver, limit=1_000)

@@ -314,7 +314,7 @@ def test_a_lost_connection_is_one_whatever_the_transport_says() -> None:
                 "unable to perform operation on <TCPTransport closed=True>; the handler is closed"
             )
 
-    class Sending(redis_link._Sends, Reset):
+    class Sending(redis_link._Bounded, Reset):
         def repr_pieces(self) -> list[Any]:
             return []
 

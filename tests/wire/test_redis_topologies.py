@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
@@ -15,11 +16,12 @@ from redis.exceptions import ClusterDownError, MovedError, ResponseError
 from redis.exceptions import ConnectionError as LostError
 
 from lucid import probe
+from lucid.core.wire import redis_topology
 from lucid.core.wire.control_channel import STREAM_KEY, WORKERS_KEY, ControlChannel
 from lucid.core.wire.redis_cluster import key_of
 from lucid.core.wire.redis_link import ANSWER_SECONDS, AWAY_ERRORS, RedisLink, new_holder
 from lucid.core.wire.redis_slots import SLOTS, slot_of, tag_of
-from lucid.core.wire.redis_topology import Told, split_address
+from lucid.core.wire.redis_topology import ASKED_AT_ONCE, Told, split_address
 from lucid.errors import ErrorCode, GatewayError
 from lucid.services.challenges import Challenges
 from lucid.services.login_delays import LoginDelays
@@ -29,7 +31,6 @@ from tests.support.stores import (
     WatchedChildren,
     address_of,
     free_port,
-    redis_cluster,
     redis_sentinels,
 )
 from tests.support.wallet import Wallet
@@ -56,18 +57,6 @@ def run_on_uvloop(coroutine: Coroutine[Any, Any, None]) -> None:
     """As it is served. A failover costs seconds, so the other kind of loop is left out."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(asyncio.wait_for(coroutine, 30))
-
-
-@pytest.fixture(scope="module")
-def shared_cluster() -> Iterator[ClusterOfChildren]:
-    with redis_cluster(follow=STREAM_KEY) as made:
-        yield made
-
-
-@pytest.fixture
-def cluster(shared_cluster: ClusterOfChildren) -> ClusterOfChildren:
-    shared_cluster.mend()
-    return shared_cluster
 
 
 @pytest.fixture
@@ -206,12 +195,21 @@ def test_a_command_goes_where_its_first_key_is(command: tuple[Any, ...], key: ob
 def test_tls_is_an_option_where_there_are_several_places(
     scheme: str, end: str, options: str, tls: bool
 ) -> None:
-    link = RedisLink(f"{scheme}://u:p%40@a,[::1]:7{end}{options}")
+    link = RedisLink(f"{scheme}://u:p[%40@a,[::1]:7{end}{options}")
     pool = link.commands.connection_pool
     connection: Any = pool.make_connection()
     assert hasattr(connection, "ssl_context") == tls
-    assert (pool.connection_kwargs["username"], pool.connection_kwargs["password"]) == ("u", "p@")
+    assert (pool.connection_kwargs["username"], pool.connection_kwargs["password"]) == ("u", "p[@")
     assert link.clustered == (scheme == "redis+cluster")
+
+
+@pytest.mark.parametrize("place", ["redis://a", "unix:///a", "redis+cluster://a", "redis+sentinel://a/main"])
+def test_no_option_takes_back_a_promise(place: str) -> None:
+    link = RedisLink(f"{place}?socket_timeout=60&protocol=3&max_connections=7")
+    pool = link.commands.connection_pool
+    kwargs = pool.connection_kwargs
+    assert (kwargs["socket_timeout"], kwargs["protocol"]) == (ANSWER_SECONDS, 2)
+    assert pool.max_connections == 7
 
 
 @pytest.mark.parametrize(
@@ -239,6 +237,87 @@ def test_nobody_there_is_told_soon() -> None:
                 assert "no node tells" in str(tries.faults[0])
         with pytest.raises(AWAY_ERRORS):
             await probe._redis(f"redis+cluster://127.0.0.1:{free_port()}")
+
+    asyncio.run(go())
+
+
+def test_hosts_that_vanished_do_not_hide_one_that_is_there(cluster: ClusterOfChildren) -> None:
+    """More of them than are asked at once; what is sent to them is neither refused nor answered."""
+
+    async def go(hosts: list[str]) -> None:
+        async with linked("redis+cluster://" + ",".join(hosts)) as link:
+            begun = time.monotonic()
+            assert len(await link.slots()) == SLOTS
+            assert time.monotonic() - begun < 0.5
+
+    with contextlib.ExitStack() as kept:
+        silent = [kept.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(ASKED_AT_ONCE)]
+        names = [f"127.0.0.1:{one.getsockname()[1]}" for one in silent]
+        asyncio.run(go([*names, address_of(cluster.nodes[0])]))
+
+
+def test_to_follow_the_table_costs_no_connections(
+    cluster: ClusterOfChildren, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_topology, "FRESH_SECONDS", 0.0)
+
+    def dialled() -> list[int]:
+        return [at(node, "INFO", "stats")["total_connections_received"] for node in cluster.nodes]
+
+    async def go() -> None:
+        async with linked(cluster.uri) as link:
+            await link.slots(refresh=True)
+            await asyncio.sleep(0.1)
+            before = dialled()
+            for _ in range(30):
+                await link.slots(refresh=True)
+            await asyncio.sleep(0.1)
+            assert dialled() == [number + 1 for number in before], "but for those of this test"
+
+    asyncio.run(go())
+
+
+def test_a_node_that_left_is_let_go(
+    cluster: ClusterOfChildren, redis_server: RedisChild, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(redis_topology, "FRESH_SECONDS", 0.0)
+    address = address_of(redis_server)
+
+    async def go() -> None:
+        async with linked(cluster.uri) as link:
+            await link.slots()
+            async with link.connection(address):
+                pass
+            async with link.connection(address) as (connection, _):
+                while link._topology is None or (address, ANSWER_SECONDS) in link._topology._clients:
+                    await asyncio.gather(
+                        link.slots(refresh=True), *(link.execute("SET", f"k{n}", n) for n in range(9))
+                    )
+                await connection.send_command("ECHO", "a")
+                assert await connection.read_response() == b"a"
+            assert not connection.is_connected
+
+    asyncio.run(asyncio.wait_for(go(), 5))
+
+
+def test_to_dial_takes_no_longer_than_a_command(redis_server: RedisChild) -> None:
+    """Each step of the greeting is answered soon enough, all together are not."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        to_reader, to_writer = await asyncio.open_connection("127.0.0.1", redis_server.port)
+        with contextlib.suppress(OSError), contextlib.closing(writer), contextlib.closing(to_writer):
+            while asked := await reader.read(65_536):
+                to_writer.write(asked)
+                answer = await to_reader.read(65_536)
+                await asyncio.sleep(0.6 * ANSWER_SECONDS)
+                writer.write(answer)
+
+    async def go() -> None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        async with server, linked(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/1") as link:
+            tries = Tries(lambda: run_id(link))
+            assert not await tries.once()
+            assert tries.longest_seconds < 1.1 * ANSWER_SECONDS
 
     asyncio.run(go())
 
@@ -325,14 +404,14 @@ class Move:
     def __init__(self, cluster: ClusterOfChildren, slot: int) -> None:
         self.cluster, self.slot = cluster, slot
         self.source = cluster.master_of(f"{{{tag_of(slot)}}}")
-        self.target = next(node for node in cluster.firsts if node is not self.source)
+        self.target = next(node for node in cluster.masters() if node is not self.source)
 
     def begin(self) -> None:
         self._say(self.target, "IMPORTING", self._id(self.source))
         self._say(self.source, "MIGRATING", self._id(self.target))
 
     def end(self, owner: RedisChild) -> None:
-        for node in sorted(self.cluster.firsts, key=lambda node: node is not self.target):
+        for node in sorted(self.cluster.masters(), key=lambda node: node is not self.target):
             self._say(node, "NODE", self._id(owner))
 
     def _say(self, node: RedisChild, *words: str) -> None:
@@ -417,6 +496,14 @@ def test_nodes_that_do_not_know_their_hosts(cluster: ClusterOfChildren) -> None:
             assert link.redirected(moved.value, wrong) == slots[slot_of("k")]
         prefer("hostname")
         async with linked(cluster.uri) as link:
+            slots = await link.slots()
+            wrong = next(address for address in slots if address != slots[slot_of("k")])
+            async with link.connection(wrong) as (connection, _):
+                await connection.send_command("GET", "k")
+                with pytest.raises(MovedError) as moved:
+                    await connection.read_response()
+            assert moved.value.host == "?"
+            assert link.redirected(moved.value, wrong) == slots[slot_of("k")]
             hosts = {split_address(address)[0] for address in await link.slots()}
             assert hosts == {"127.0.0.1"}, "they have no names, so their addresses"
             assert await link.execute("SET", "k", 1)
@@ -483,13 +570,13 @@ def test_a_node_that_hangs(cluster: ClusterOfChildren) -> None:
             assert await link.execute("SET", key, 1)
             os.kill(hung.pid, signal.SIGSTOP)
             try:
-                for attempt in (
-                    lambda: link.execute("SET", key, 2),
-                    lambda: link.execute("PING"),
-                    lambda: run_id(link, address_of(hung)),
-                ):
-                    tries = Tries(attempt)
-                    assert not await tries.once()
+                attempts = (
+                    Tries(lambda: link.execute("SET", key, 2)),
+                    Tries(lambda: link.execute("PING")),
+                    Tries(lambda: run_id(link, address_of(hung))),
+                )
+                assert await asyncio.gather(*(tries.once() for tries in attempts)) == [False] * 3
+                for tries in attempts:
                     assert 0.5 < tries.longest_seconds < BOUND_SECONDS
                 well = Tries(lambda: link.execute("SET", elsewhere, 2))
                 told = Tries(lambda: link.slots(refresh=True))
@@ -499,34 +586,6 @@ def test_a_node_that_hangs(cluster: ClusterOfChildren) -> None:
             finally:
                 os.kill(hung.pid, signal.SIGCONT)
             await Tries(lambda: link.execute("SET", key, 3)).until_done()
-
-    asyncio.run(go())
-
-
-def test_a_slot_without_a_master(cluster: ClusterOfChildren) -> None:
-    """Its replica is gone too: nothing is to be had there, and all else goes on."""
-    dead = cluster.firsts[(cluster.followed + 1) % 3]
-    key = next(f"d{n}" for n in range(99) if cluster.master_of(f"d{n}") is dead)
-    elsewhere = next(f"d{n}" for n in range(99) if cluster.master_of(f"d{n}") is not dead)
-
-    async def go() -> None:
-        async with linked(cluster.uri) as link:
-            await link.slots()
-            dead.kill()
-            tries, others = (
-                Tries(lambda: link.execute("SET", key, 1)),
-                Tries(lambda: link.execute("SET", elsewhere, 1)),
-            )
-            begun = time.monotonic()
-            while time.monotonic() - begun < 1.2:
-                assert not await tries.once()
-                assert await others.once()
-                await asyncio.sleep(0.02)
-            assert max(tries.longest_seconds, others.longest_seconds) < BOUND_SECONDS
-            with pytest.raises((LostError, ClusterDownError)):
-                await link.commands.ping()
-        with pytest.raises(AWAY_ERRORS):
-            await probe._redis(cluster.uri)
 
     asyncio.run(go())
 
@@ -625,28 +684,69 @@ def test_the_control_channel_and_services_through_a_failover_of_a_cluster(cluste
     run_on_uvloop(go())
 
 
+def test_a_slot_without_a_master(cluster: ClusterOfChildren) -> None:
+    """Nothing is to be had there, and all else goes on. The last one with the cluster: to take such a master back costs
+    two seconds.
+    """
+    dead = cluster.firsts[(cluster.followed + 1) % 3]
+    key = next(f"d{n}" for n in range(99) if cluster.master_of(f"d{n}") is dead)
+    elsewhere = next(f"d{n}" for n in range(99) if cluster.master_of(f"d{n}") is not dead)
+
+    async def go() -> None:
+        async with linked(cluster.uri) as link:
+            await link.slots()
+            dead.kill()
+            tries, others = (
+                Tries(lambda: link.execute("SET", key, 1)),
+                Tries(lambda: link.execute("SET", elsewhere, 1)),
+            )
+            begun = time.monotonic()
+            while time.monotonic() - begun < 1.2:
+                assert not await tries.once()
+                assert await others.once()
+                await asyncio.sleep(0.02)
+            assert max(tries.longest_seconds, others.longest_seconds) < BOUND_SECONDS
+            with pytest.raises((LostError, ClusterDownError)):
+                await link.commands.ping()
+        with pytest.raises(AWAY_ERRORS):
+            await probe._redis(cluster.uri)
+
+    asyncio.run(go())
+
+
 # --- sentinels
 
 
-def test_sentinels_name_another_master(sentinels: WatchedChildren) -> None:
+async def go_on_at_another_master(sentinels: WatchedChildren, killed: asyncio.Event) -> None:
+    async with linked(sentinels.uri) as link:
+        assert not link.clustered
+        first = await run_id(link)
+        assert first == real_run_id(sentinels.master())
+        assert await link.execute("SET", "a", 1)
+        await killed.wait()
+        tries = Tries(lambda: link.execute("SET", "a", 2))
+        dials = Tries(lambda: run_id(link))
+        assert not await tries.once()
+        assert not await dials.once()
+        assert await tries.until_done() < 8.0
+        assert max(tries.longest_seconds, dials.longest_seconds) < BOUND_SECONDS
+        assert await run_id(link) == real_run_id(sentinels.master()) != first
+        assert await link.wait("GET", "a") == b"2"
+
+
+def test_commands_and_the_control_channel_through_a_failover_of_sentinels(sentinels: WatchedChildren) -> None:
     async def go() -> None:
-        async with linked(sentinels.uri) as link:
-            assert not link.clustered
-            first = await run_id(link)
-            master = sentinels.master()
-            assert first == real_run_id(master)
-            assert await link.execute("SET", "a", 1)
-            master.kill()
+        killed = asyncio.Event()
+
+        def kill() -> None:
+            sentinels.master().kill()
             # The sentinel that is asked first is gone as well.
             sentinels.sentinels[0].kill()
-            tries = Tries(lambda: link.execute("SET", "a", 2))
-            dials = Tries(lambda: run_id(link))
-            assert not await tries.once()
-            assert not await dials.once()
-            assert await tries.until_done() < 8.0
-            assert max(tries.longest_seconds, dials.longest_seconds) < BOUND_SECONDS
-            assert await run_id(link) == real_run_id(sentinels.master()) != first
-            assert await link.wait("GET", "a") == b"2"
+            killed.set()
+
+        going_on = asyncio.create_task(go_on_at_another_master(sentinels, killed))
+        assert await talk_through_a_failover(sentinels.uri, kill) < 10.0
+        await going_on
 
     run_on_uvloop(go())
 
@@ -664,12 +764,5 @@ def test_a_master_behind_sentinels_that_hangs(sentinels: WatchedChildren) -> Non
                 assert tries.longest_seconds < BOUND_SECONDS
             finally:
                 os.kill(master.pid, signal.SIGCONT)
-
-    asyncio.run(go())
-
-
-def test_the_control_channel_through_a_failover_of_sentinels(sentinels: WatchedChildren) -> None:
-    async def go() -> None:
-        assert await talk_through_a_failover(sentinels.uri, sentinels.master().kill) < 10.0
 
     asyncio.run(go())

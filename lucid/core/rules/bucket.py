@@ -35,7 +35,8 @@ R1. A call that is the first after its worker's absence (`back`) begins one, wit
     on that its worker did not know of when it went away.
 R2. A worker is here once it says, by the roll call's id, that it has `reported` all. A call that was sent
     before the outage and ran late knows another id, or none, and proves nothing.
-R3. Of the largest fleet that any caller named, the caller and who is here are not missing. When all are here
+R3. Of the largest fleet that any caller named, the caller and who is here are not missing; while none named
+    one, somebody is. When all are here
     the roll call ends.
 
 Both sides must stay equal: `tests/rules/test_bucket.py` and `tests/wire/test_bucket_script.py` run one
@@ -301,10 +302,16 @@ class Bucket:
         for holder in [holder for holder, record in self.holders.items() if not record.live]:
             del self.holders[holder]
 
-    def free_ms(self) -> int:
-        """Until the oldest counted spend leaves the ring, or what expires first will have left it; 0: neither."""
+    def free_ms(self, limit: int) -> int:
+        """Until so much of what is counted has left the ring that a token is free, or what expires first will have."""
         if self.ring:
             oldest = min(self.ring)
+            excess = self.spent + self.reserved() - limit
+            for slot in sorted(self.ring) if excess > 0 else ():
+                oldest = slot
+                excess -= self.ring[slot]
+                if excess < 0:
+                    break
         else:
             ends = [record.expires_ms for record in self.holders.values() if record.live and record.size]
             if not ends:
@@ -353,7 +360,7 @@ class Store:
             if len(roll.here) >= roll.fleet > 0:
                 self.roll = None
                 return 0, 0, ""
-        missing = max(0, roll.fleet - len(roll.here | {call.holder}))
+        missing = max(0, roll.fleet - len(roll.here | {call.holder})) if roll.fleet else 1
         return missing, roll.began_ms + call.roll_ms - now_ms, "" if call.holder in roll.here else roll.id
 
     def call(self, keys: list[str], call: Call, now_ms: int) -> Answer:
@@ -410,7 +417,7 @@ class Store:
                     granted=granted,
                     life_ms=life_ms,
                     free=0 if held[index] else free[index],
-                    free_ms=bucket.free_ms() or (roll_left_ms if awaited else 0),
+                    free_ms=bucket.free_ms(message.limit) or (roll_left_ms if awaited else 0),
                     elsewhere=awaited + sum(size for name, size in live.items() if name != call.holder),
                     held_ms=held[index],
                     now_ms=bucket.now_ms,

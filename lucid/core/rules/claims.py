@@ -38,6 +38,8 @@ class LimitSet:
     def __init__(self, limits: tuple[Limit, ...]) -> None:
         if any(limit.requests < 1 or limit.window_seconds < 1 for limit in limits):
             raise ValueError("a limit and its window must be at least 1; leave out a limit that is off")
+        if len({limit.name for limit in limits}) != len(limits):
+            raise ValueError("a limit must not stand twice in a set")
         self.limits = limits
         self.by_user = any(limit.per == "user" for limit in limits)
         self.by_address = any(limit.per == "address" for limit in limits)

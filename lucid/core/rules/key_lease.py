@@ -19,6 +19,11 @@ YOUNG_MS = 2_000
 """In `safe`, after what may have been a first start of the store: who knows better calls within that time. In `strict`
 it counts as a loss."""
 
+LOOK_MS = 1_000
+"""So long a key is refused from memory at the most while what others hold of it may come back."""
+FRESH_SECONDS = 1.0
+"""So long the store's last word on what is free is shown to a caller whom other workers serve too."""
+
 STRICT_RETRY_SECONDS = 1.0
 """What a caller is told while only the store could say more: the store is tried at least that often."""
 
@@ -140,6 +145,7 @@ class KeyLease:
         "shape",
         "since",
         "slot",
+        "spent_there",
         "state_pattern",
         "until",
         "worker",
@@ -174,16 +180,18 @@ class KeyLease:
         self.offset_ms: float | None = None
         """The store's time minus ours, at most so much too large: maps a time late, never early."""
         self.offset_low_ms = 0.0
+        """The same, but too small by at most as much: maps a time early, never late."""
         self.heard = 0.0
         self.refunds: list[int] = []
         """Slots of what is to be given back."""
         self.recorded_until = 0.0
         """Until then the store has this worker on record for this key."""
-        """The same, but too small by at most as much: maps a time early, never late."""
         self.free = 0
         self.free_at = 0.0
         self.deny_until = 0.0
         self.elsewhere = 0
+        self.spent_there = 0
+        """What all workers had spent as of then."""
         """What other workers held as of the store's last answer."""
         self.recalled = False
         """Another worker has need of what is held here: the next message returns it."""
@@ -373,12 +381,15 @@ class KeyLease:
         self.roll(now)
         self._forget(now)
         share = self.share()
-        if share:
-            surplus = min(self.has, self.has + self.aside + self.history_sum - share)
-            if surplus > 0:
-                self.counters.returned += surplus
-                self.has -= surplus
-                self.opened = self.has
+        surplus = self.has + self.aside + self.history_sum - share
+        if not share or surplus <= 0:
+            return
+        self.counters.returned += min(surplus, self.has + self.aside)
+        self.has = self.opened = max(0, self.has - surplus)
+        if self.aside + self.history_sum > share:
+            # Who waits with a token put aside is decided anew.
+            self.generation += 1
+            self.aside = 0
 
     def share(self) -> int:
         """What each worker of the fleet may admit on its own in a window; 0 unless that is bounded and above 0."""
@@ -421,16 +432,28 @@ class KeyLease:
     def remaining(self, now: float) -> int:
         has = self.has if now < self.deadline else 0
         if self.local(now):
-            return has + self.room(now)
+            return min(self.limit.requests, has + self.room(now))
+        others = self.elsewhere > 0 or self.spent_there > self.history_sum
+        if others and now - self.heard > FRESH_SECONDS:
+            return has
         return has + self.free
 
     def reset_seconds(self, now: float) -> int:
-        wait = self.free_at - now
+        wait = max(self.free_at, self.held_until) - now
         if wait <= 0:
-            window = self.shape.slots * self.shape.slot_ms / 1_000
-            wait = self.history[0][0] + window - now if self.history else window
+            wait = self._own_wait(now, self.limit.requests) or self.shape.slots * self.shape.slot_ms / 1_000
         # What was spent a window ago is forgotten with the next admission, so it may still stand first.
         return int(max(0.0, wait)) + 1
+
+    def _own_wait(self, now: float, most: int) -> float:
+        """Until fewer than `most` own admissions are in a window, and the first has left; 0: there is none."""
+        window = self.shape.slots * self.shape.slot_ms / 1_000
+        excess = max(1, self.history_sum - most + 1)
+        for end, count in self.history:
+            excess -= count
+            if excess <= 0:
+                return max(0.0, end + window - now)
+        return 0.0
 
     def blocked_seconds(self, now: float) -> float:
         """Until a token may be had, if nobody else spends; 0: now, as far as this worker knows."""
@@ -439,8 +462,9 @@ class KeyLease:
         if self.local(now):
             if self.room(now):
                 return 0.0
-            if self.limit.redis_down == "safe" and self.history and self.worker.fleet:
-                return max(0.0, self.history[0][0] + self.shape.slots * self.shape.slot_ms / 1_000 - now)
+            if self.history and self.share():
+                # The store, should it be back by then, may count what others had.
+                return max(self._own_wait(now, self.share()), self.free_at - now)
             return max(STRICT_RETRY_SECONDS, self.held_until - now)
         return max(0.0, self.free_at - now) if self.free <= 0 else 0.0
 
@@ -502,7 +526,8 @@ class KeyLease:
             oldest=self.acked,
             journal=list(self.journal),
             need=need,
-            share=self.share(),
+            # Who does not know the fleet does not know either what the others may have had: all of it.
+            share=self.share() or (self.limit.requests if self.limit.redis_down == "safe" else 0),
             young_ms=self.young_ms,
         )
         self.sent = message.seq
@@ -541,6 +566,7 @@ class KeyLease:
         self.counters.granted += answer.granted
         self.free = answer.free
         self.elsewhere = answer.elsewhere
+        self.spent_there = answer.spent
         self.free_at = now + answer.free_ms / 1_000 if answer.free_ms else 0.0
         self.deny_until = 0.0
         if answer.held_ms:
@@ -548,7 +574,7 @@ class KeyLease:
             self.held_until = sent + answer.held_ms / 1_000
         elif answer.free <= 0 and not (answer.elsewhere and (self.recalling or self.may_recall(now))):
             # What others hold may come back before a slot leaves, and nobody tells: look again a slot later.
-            wait_ms = min(answer.free_ms, self.shape.slot_ms) if answer.elsewhere else answer.free_ms
+            wait_ms = min(answer.free_ms, self.shape.slot_ms, LOOK_MS) if answer.elsewhere else answer.free_ms
             self.deny_until = now + wait_ms / 1_000
         if self.local(now):
             self.clip(now)

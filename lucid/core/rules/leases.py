@@ -36,6 +36,9 @@ MARKER = "lucid:limiter"
 MOST_KEYS_PER_CALL = 128
 """Some 10 µs of the store's time each."""
 
+LAPSING_AT_ONCE = 2_000
+"""Leases looked at per sweep while the store is away: some 8 ms."""
+
 ROLL_CALL_SECONDS = 3.0
 """So long the store waits for a worker's word: a probe comes each second at least, then the reports."""
 
@@ -66,6 +69,7 @@ class Flight:
     __slots__ = (
         "absences",
         "call",
+        "dismissed",
         "groups",
         "leases",
         "needs",
@@ -89,6 +93,8 @@ class Flight:
         self.groups: dict[tuple[int, ...], list[Waiter]] = {}
         self.takers: list[Waiter] = []
         self.call: Call
+        self.dismissed = False
+        """Whether nobody waits for it any more: what it is granted directly is given back."""
         partition.open += 1
 
     @property
@@ -107,6 +113,7 @@ class Flight:
     def dismiss(self) -> list[Waiter]:
         """Who waits for it, and does not any more."""
         waiters = [*self.takers, *(waiter for group in self.groups.values() for waiter in group)]
+        self.dismissed = True
         self.takers = []
         self.groups = {members: [] for members in self.groups}
         return waiters
@@ -141,6 +148,9 @@ class Leases(Worker):
         self.deferred: list[Waiter] = []
         self.shape = shape
         self.late = 0
+        self.held_until = 0.0
+        """Until then the store grants nothing for some of the keys, as it lost data or may have."""
+        self._lapsing: list[KeyLease] = []
         self._slots = slots
         self._calls = 0
         self._half = max(1, most_claims // 2)
@@ -232,19 +242,29 @@ class Leases(Worker):
     def sweep(self, now: float) -> None:
         """Makes due what nears its end or was spent without a lease. Call it some ten times a second."""
         for lease in list(self.live):
-            shard = lease.partition.shard
+            partition = lease.partition
+            told = not lease.refunds and lease not in partition.owing
             # Most need nothing: their spends stay in the slot of their use until the next one opens another.
-            resting = lease.reserved and now < lease.renew_at and not lease.refunds and not shard.away
-            if resting or lease.flying:
+            resting = lease.reserved and now < lease.renew_at and told
+            if resting or lease.flying or partition.shard.away:
                 continue
             lease.roll(now)
-            if shard.away:
-                if not lease.has and not lease.still_tells(now):
-                    self._forget(lease)
-            elif lease.refunds or (now >= lease.renew_at if lease.reserved else lease.journal):
-                shard.due[lease] = None
+            if not told or (now >= lease.renew_at if lease.reserved else lease.journal):
+                partition.shard.due[lease] = None
             elif not lease.reserved:
                 self._forget(lease)
+        self._lapse(now)
+
+    def _lapse(self, now: float) -> None:
+        """Forgets what counts nowhere any more of the shards that are away: some at a time, so that nobody waits."""
+        if not self._lapsing:
+            self._lapsing = [lease for lease in self.live if lease.partition.shard.away]
+        for lease in self._lapsing[-LAPSING_AT_ONCE:]:
+            if lease in self.live and lease.partition.shard.away and not lease.flying:
+                lease.roll(now)
+                if not lease.has and not lease.still_tells(now):
+                    self._forget(lease)
+        del self._lapsing[-LAPSING_AT_ONCE:]
 
     def _forget(self, lease: KeyLease) -> None:
         del self.live[lease]
@@ -300,7 +320,7 @@ class Leases(Worker):
             waiter = shard.waiting.popleft()
             if not waiter.gone:
                 keys += self._board(waiter, shard, flights, now)
-        if closing:
+        if closing and not shard.due:
             shard.due.update(
                 (lease, None)
                 for lease in self.live
@@ -374,21 +394,25 @@ class Leases(Worker):
         partition = flight.partition
         partition.open -= 1
         if partition.next is not None and not partition.open:
-            self.move(partition, partition.next)
+            old = partition.shard
+            partition.move(partition.next)
+            self.refile(old)
 
-    def move(self, partition: Partition, shard: Shard) -> None:
-        """Another server answers for a partition; at once, or when its calls that are on their way have ended."""
-        old = partition.shard
-        if not partition.move(shard) or old is shard:
-            return
-        for lease in [lease for lease in old.due if lease.partition is partition]:
-            del old.due[lease]
-            shard.due[lease] = None
-        waiting = list(old.waiting)
-        old.waiting.clear()
-        for waiter in waiting:
-            self._queue(waiter)
-        self.wake(shard)
+    def refile(self, shard: Shard) -> None:
+        """Partitions have moved away from this shard: what waits or is due there goes where its keys are now."""
+        moved = [lease for lease in shard.due if lease.partition.shard is not shard]
+        for lease in moved:
+            del shard.due[lease]
+            lease.partition.shard.due[lease] = None
+        called = [partition for partition in shard.summoned if partition.shard is not shard]
+        for partition in called:
+            del shard.summoned[partition]
+            partition.shard.summoned[partition] = None
+        waiting = list(shard.waiting)
+        shard.waiting.clear()
+        woken = {lease.partition.shard for lease in moved} | {partition.shard for partition in called}
+        for other in woken | {self._queue(waiter) for waiter in waiting}:
+            self.wake(other)
 
     def apply(self, flight: Flight, answer: Answer, now: float) -> None:
         """Takes the answer, also a late one: tokens are dated by the time of sending."""
@@ -403,11 +427,19 @@ class Leases(Worker):
             self.wake(partition.shard)
         for lease, message, key_answer in zip(flight.leases, flight.call.messages, answer.keys, strict=True):
             lease.answered(message, key_answer, flight.sent, now)
+            self.held_until = max(self.held_until, lease.held_until)
         asked: dict[KeyLease, None] = {}
-        for waiters, count in zip(flight.groups.values(), answer.direct, strict=True):
+        for (members, waiters), count in zip(flight.groups.items(), answer.direct, strict=True):
+            if flight.dismissed:
+                # Who waited was decided without it.
+                for lease in [flight.leases[place] for place in members] * count:
+                    lease.refund(now, flight.sent)
             for at, waiter in enumerate(waiters):
                 if at < count:
-                    waiter.settle(self._granted(waiter, flight.sent, now))
+                    if self._granted(waiter, flight.sent, now):
+                        waiter.settle(True)
+                    else:
+                        self._decide_alone(waiter, now)
                 elif any(lease.local(now) for lease in waiter.direct):
                     self._decide_alone(waiter, now)
                 elif not self._defer(waiter, asked, now):
@@ -505,6 +537,8 @@ class Leases(Worker):
 
     def _decide_alone(self, waiter: Waiter, now: float) -> None:
         waiter.release()
+        if waiter.gone:
+            return
         verdict = waiter.claim.take(now)
         if verdict is Take.WANTING:
             # Another limit of the claim is not decided alone: ask once more, for that one.
@@ -528,8 +562,7 @@ class Leases(Worker):
         waiting = list(shard.waiting)
         shard.waiting.clear()
         for waiter in waiting:
-            if not waiter.gone:
-                self._decide_alone(waiter, now)
+            self._decide_alone(waiter, now)
 
     def fail(self, flight: Flight, now: float) -> None:
         """The call is given up for good (rule 6). Set the shard `away` first if nobody shall wait for the next one."""

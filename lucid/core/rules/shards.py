@@ -59,7 +59,8 @@ class Partition:
         """The last roll call that this worker heard of."""
         self.rolled_at = float("-inf")
         """When a roll call was last known to be on."""
-        self.told = shard.absences
+        # Of an absence that it is first used in, it was told nothing.
+        self.told = shard.absences - (shard.away and shard.absences > 0)
         """Absences of the shard that the store was told of."""
         self.owing: set[KeyLease] = set()
         """Keys with admissions of this worker alone that the store does not know yet."""

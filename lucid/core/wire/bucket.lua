@@ -22,6 +22,12 @@ local holder, slots, messages, groups = call[4], call[5], call[6], call[7]
 local own_field, size = ':' .. holder, slots + 1
 local format, decode = string.format, cjson.decode
 local redis_call = redis.call
+-- So many numbers, or nil.
+local function parse(text, count)
+  local right, list = pcall(decode, text)
+  if right and type(list) == 'table' and #list == count then return list end
+end
+
 local HEADER, RECORD = '[%d,%d,%d,%d,%d,%d,%d,%d,%d,%d,%d]', '[%d,%d,%d,%d,%d]'
 local SPARE_SLOTS, LEAST_ROOM = 4, 16
 
@@ -31,14 +37,22 @@ local now = clock[1] * 1000 + (clock[2] - clock[2] % 1000) / 1000
 -- The marker and the roll call: how many are missing, for how long at most, and the roll call to tell.
 local epoch, lost, missing, roll_left, tell = call[2], 0, 0, 0, ''
 local marker = redis_call('GET', KEYS[1])
-if call[9] or epoch == '' or marker ~= call[1] .. ' ' .. epoch .. ' 0' then
+-- A call without a key is a probe: it writes, so that who cannot is not taken for one that answers.
+local probes = #messages == 0
+if probes or call[9] or epoch == '' or marker ~= call[1] .. ' ' .. epoch .. ' 0' then
   local known, fresh, told, roll_ms = call[2], call[3], call[11], call[12]
   local run, roll, began, fleet = call[1], '', 0, 0
   epoch, lost = fresh, now
   if known == '' then epoch, lost = format('%s@%d', fresh, now), 0 end
   if marker then
     run, epoch, lost, roll, began, fleet = string.match(marker, '^(%S*) (%S*) (%d+) ?(%S*) ?(%d*) ?(%d*)$')
+    if not run then
+      redis.log(redis.LOG_WARNING, KEYS[1] .. ' was not as the limiter wrote it, and counts as lost')
+      run, epoch, lost = call[1], fresh, now
+    end
     lost, began, fleet = tonumber(lost), tonumber(began) or 0, tonumber(fleet) or 0
+    -- No clock steps back so far.
+    if lost > now + 3600000 then lost = now end
     if call[1] ~= '' and run ~= call[1] then
       run, epoch, lost = call[1], fresh, now
     elseif known ~= '' and known ~= epoch and lost == 0 then
@@ -62,12 +76,12 @@ if call[9] or epoch == '' or marker ~= call[1] .. ' ' .. epoch .. ' 0' then
       roll = ''
     else
       if not reports and redis_call('SISMEMBER', KEYS[2], holder) == 0 then here, tell = here + 1, roll end
-      missing, roll_left = math.max(0, fleet - here), began + roll_ms - now
+      missing, roll_left = fleet > 0 and math.max(0, fleet - here) or 1, began + roll_ms - now
     end
   end
   local judged = format('%s %s %d', run, epoch, lost)
   if roll ~= '' then judged = format('%s %s %d %d', judged, roll, began, fleet) end
-  if judged ~= marker then redis_call('SET', KEYS[1], judged) end
+  if probes or judged ~= marker then redis_call('SET', KEYS[1], judged) end
 end
 
 -- When that was, of an epoch that may have been a first start.
@@ -138,7 +152,7 @@ local function make_rare()
     end
     if #fields == 0 then return end
     local found = redis_call('HMGET', bucket.key, unpack(fields))
-    for at, index in ipairs(fields) do bucket.ring[index] = tonumber(found[at] or 0) end
+    for at, index in ipairs(fields) do bucket.ring[index] = tonumber(found[at] or 0) or 0 end
   end
 
   -- Moves `old` on to the first charged slot.
@@ -149,6 +163,19 @@ local function make_rare()
         read_slots(bucket, bucket.old, math.min(bucket.cur, bucket.old + 7))
       end
     end
+  end
+
+  -- The charged slot with which more than the excess will have left.
+  function rare.outlast(bucket, excess)
+    local last, slot = bucket.old, bucket.old
+    while slot <= bucket.cur do
+      if not bucket.ring[slot % size] then read_slots(bucket, slot, math.min(bucket.cur, slot + 31)) end
+      local there = count_of(bucket, slot)
+      if there > 0 then last, excess = slot, excess - there end
+      if excess < 0 then break end
+      slot = slot + 1
+    end
+    return last
   end
 
   -- Slots before `first` leave the sum; the same fields are those of slots to come.
@@ -186,9 +213,9 @@ local function make_rare()
     for at = 1, #all, 2 do
       local field = all[at]
       if string.byte(field) == 58 and field ~= own_field then
-        local record = decode(all[at + 1])
-        local was = record[5]
-        record = rare.judge(bucket, record)
+        local record = parse(all[at + 1], 5)
+        local was = record and record[5]
+        record = record and rare.judge(bucket, record)
         if not record then
           gone[#gone + 1] = field
         else
@@ -217,14 +244,21 @@ local function load_bucket(key, message)
   local slot_ms = message[3]
   local cur = (now - now % slot_ms) / slot_ms
   local index = cur % size
-  local found = redis_call('HMGET', key, 'm', own_field, index)
-  local had, own = found[1], found[2] and decode(found[2])
-  local m = had and decode(had) or { now, slot_ms, 0, 0, 0, 0, 0, 1, -now, LEAST_ROOM, -1 }
+  local found = redis.pcall('HMGET', key, 'm', own_field, index)
+  local had, own = found[1], found[2] and parse(found[2], 5)
+  local m = had and parse(had, 11)
+  if found.err or (had and not m) or (found[2] and not own) then
+    -- Somebody else wrote there. It is forgotten like a key that was deleted, and takes no other along.
+    redis.log(redis.LOG_WARNING, key .. ' was not as the limiter wrote it, and begins anew')
+    redis_call('DEL', key)
+    had, own, m, found = nil, nil, nil, {}
+  end
+  m = m or { now, slot_ms, 0, 0, 0, 0, 0, 1, -now, LEAST_ROOM, -1 }
   local last, its_ms, live, at = m[1], m[2], m[6], now
   if last > now then at, cur = last, (last - last % slot_ms) / slot_ms end
   local bucket = { key = key, had = had, m = m, slot_ms = slot_ms, now = at, cur = cur, sum = m[3],
     old = (last - last % its_ms) / its_ms - m[4], held = m[5], live = live, soonest = last + m[7], exact = m[8],
-    own = own, ring = { [index] = tonumber(found[3] or 0) }, writes = { 'HSET', key, 'm', '', nil, nil, nil, nil },
+    own = own, ring = { [index] = tonumber(found[3] or 0) or 0 }, writes = { 'HSET', key, 'm', '', nil, nil, nil, nil },
     may = false }
   if m[11] >= 0 then
     m[11] = m[11] + cur - (last - last % its_ms) / its_ms
@@ -368,7 +402,9 @@ for index = 1, #messages do
     held, live = held + holds, live + 1
   end
   if sum > 0 then
-    answer[5] = (bucket.old + size) * slot_ms - at
+    local leaves, excess = bucket.old, sum + held - message[2]
+    if excess > 0 then leaves = (rare or make_rare()).outlast(bucket, excess) end
+    answer[5] = (leaves + size) * slot_ms - at
   elseif live > 0 then
     answer[5] = soonest - soonest % slot_ms + size * slot_ms - at
   elseif answer[6] > 0 then

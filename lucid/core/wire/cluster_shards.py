@@ -1,6 +1,6 @@
 """Which master of a cluster answers for a key, as far as this worker knows."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from lucid.core.rules.leases import MARKER
 from lucid.core.rules.shards import Partition, Shard
@@ -19,8 +19,9 @@ class ClusterShards:
     """
 
     def __init__(self) -> None:
-        self._nobody = Shard("nobody")
-        self._nobody.away = True
+        self.nobody = Shard("nobody")
+        """Of the slots that no master is known for."""
+        self.nobody.away = True
         self._by_address: dict[str, Shard] = {}
         self._addresses: list[str] = []
         self._partitions: dict[int, Partition] = {}
@@ -53,14 +54,13 @@ class ClusterShards:
 
     def _shard_of(self, slot: int) -> Shard:
         address = self._addresses[slot] if self._addresses else ""
-        return self._by_address[address] if address else self._nobody
+        return self._by_address[address] if address else self.nobody
 
-    def learn(
-        self, addresses: Iterable[str], move: Callable[[Partition, Shard], None]
-    ) -> tuple[list[Shard], list[Shard]]:
+    def learn(self, addresses: Iterable[str]) -> tuple[list[Shard], list[Shard]]:
         """Takes the cluster's present layout: each slot's master. The shards that came, and those that went.
 
-        `move` is `Leases.move`. A partition with a call on its way moves when that has ended.
+        Those that came are away until somebody has tried them. A partition with a call on its way moves when that has
+        ended. Call `Leases.refile` for every shard afterwards.
         """
         self._addresses = list(addresses)
         present = set(self._addresses) - {""}
@@ -68,7 +68,9 @@ class ClusterShards:
         went = [shard for address, shard in self._by_address.items() if address not in present]
         for shard in went:
             del self._by_address[shard.name]
-        self._by_address.update((shard.name, shard) for shard in came)
+        for shard in came:
+            shard.away = True
+            self._by_address[shard.name] = shard
         for slot, partition in self._partitions.items():
-            move(partition, self._shard_of(slot))
+            partition.move(self._shard_of(slot))
         return came, went

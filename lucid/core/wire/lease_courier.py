@@ -20,7 +20,6 @@ import msgspec
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import (
     AskError,
-    ClusterDownError,
     MovedError,
     NoScriptError,
     ResponseError,
@@ -37,6 +36,8 @@ BACKGROUND_SECONDS = 0.02
 
 FIRST_PROBE_SECONDS = 0.1
 LONGEST_PROBE_SECONDS = 1.0
+FLAP_SECONDS = 5.0
+"""Who was back for less is no healthier than before."""
 
 UNSETTLED_SECONDS = 0.1
 """So long keys are decided alone whose hash slot is between two servers."""
@@ -92,6 +93,7 @@ class Courier:
         self._awake = asyncio.Event()
         self._background_due = 0.0
         self._next_probe = 0.0
+        self._held_told = 0.0
         self._probe_pause_seconds = FIRST_PROBE_SECONDS
         self._task: asyncio.Task[None] | None = None
 
@@ -111,8 +113,9 @@ class Courier:
                 )
                 self.shard.arrive(self._clock())
             except FAILURES as error:
-                self._leases.fail(flight, self._clock())
                 self._go_away(error, first=True)
+                self._leases.fail(flight, self._clock())
+                self._leases.decide_waiting(self._clock(), self.shard)
         self._task = asyncio.create_task(self._run(), name=f"lucid limiter {self.shard.name}".rstrip())
 
     async def stop(self) -> None:
@@ -124,9 +127,15 @@ class Courier:
     async def return_all(self) -> None:
         """Returns what is held, after `stop`. Raises one of `FAILURES`."""
         while flights := self._leases.compose(self._clock(), self.shard, closing=True):
-            for flight in flights:
-                answer = await self.ask(flight.partition, flight.keys, flight.call)
-                self._leases.apply(flight, answer, self._clock())
+            pending = list(flights)
+            try:
+                while pending:
+                    answer = await self.ask(pending[0].partition, pending[0].keys, pending[0].call)
+                    self._leases.apply(pending[0], answer, self._clock())
+                    pending.pop(0)
+            finally:
+                for flight in pending:
+                    self._leases.fail(flight, self._clock())
 
     def wake(self) -> None:
         """Somebody waits."""
@@ -169,6 +178,9 @@ class Courier:
             flights = self._leases.compose(now, self.shard)
             if flights:
                 await self._fly(flights)
+            if self.shard.due or self.shard.summoned:
+                # More than one call holds.
+                self.wake_now()
 
     async def _rest(self) -> None:
         """Until somebody waits, or what is due has gathered."""
@@ -234,15 +246,16 @@ class Courier:
                     except MovedError as error:
                         self._link.redirected(error, self.shard.name)
                         moved.append(flight)
-                    except (AskError, TryAgainError, ClusterDownError):
+                    except (AskError, TryAgainError):
                         self._leave_alone(flight)
                         pending.pop(flight)
                     except (ResponseError, msgspec.MsgspecError) as error:
                         # The other answers are read first: the connection is used again.
                         fault = error
                     else:
-                        pending.pop(flight)
                         self._leases.apply(flight, answer, self._clock())
+                        pending.pop(flight)
+                        self._tell_held()
                 if unknown:
                     self._digest = ""
                 todo = unknown
@@ -256,9 +269,12 @@ class Courier:
                 self._leases.fail(flight, self._clock())
 
     def _leave_alone(self, flight: Flight) -> None:
+        """The slot is between two servers: for a moment its keys are as if both were away."""
         now = self._clock()
+        flight.partition.told -= 1
         for lease in flight.leases:
             lease.held_until = max(lease.held_until, now + UNSETTLED_SECONDS)
+            lease.clip(now)
         self._leases.fail(flight, now)
 
     async def ask(self, partition: Partition, keys: list[str], call: Call) -> Answer:
@@ -294,18 +310,31 @@ class Courier:
         for flight in flights:
             self._leases.abandon(flight, now)
 
+    def _tell_held(self) -> None:
+        held_until = self._leases.held_until
+        if held_until > self._held_told + 1.0:
+            self._held_told = held_until
+            _log.warning(
+                "limiter: %s lost data, or may have; limits are held back for %.0f s and kept by each worker alone",
+                self._name,
+                held_until - self._clock(),
+            )
+
     def _come_back(self, now: float) -> None:
-        self._probe_pause_seconds = FIRST_PROBE_SECONDS
         self.shard.arrive(now)
         _log.info("limiter: %s answers, after %.1f s", self._name, now - self.away_since)
 
     def _go_away(self, reason: object, *, first: bool = False) -> None:
         now = self._clock()
         if first or not self.shard.away:
+            # Of one that comes and goes the pauses grow all the same.
+            flaps = now - self.shard.back_at < FLAP_SECONDS
+            self._probe_pause_seconds = (
+                min(LONGEST_PROBE_SECONDS, self._probe_pause_seconds * 2) if flaps else FIRST_PROBE_SECONDS
+            )
             self._leases.leave(self.shard, now)
             self._left()
             self.away_since = now
-            self._probe_pause_seconds = FIRST_PROBE_SECONDS
             _log.warning(
                 "limiter: %s is away (%s); its limits are kept by each worker alone", self._name, reason
             )

@@ -81,6 +81,7 @@ class LeaseStore:
         self._next_look: asyncio.Future[None] | None = None
         self._layout_doubted = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._stopping = False
         self._pushing: set[asyncio.Task[bool]] = set()
         if self._cluster is None:
             self.leases.shard.away = True
@@ -118,6 +119,11 @@ class LeaseStore:
     def away_since(self) -> float | None:
         return min((each.away_since for each in self._couriers.values() if each.shard.away), default=None)
 
+    @property
+    def troubled(self) -> bool:
+        """Whether some keys are decided by each worker alone: servers are away, or hold back after a loss of data."""
+        return self.away or self._clock() < self.leases.held_until
+
     # --- requests
 
     async def admit(self, claim: Claim) -> bool:
@@ -125,7 +131,7 @@ class LeaseStore:
         verdict = claim.take(self._clock())
         if verdict is not Take.WANTING:
             return verdict is Take.ADMITTED
-        if not self._tasks:
+        if not self._tasks and not self._stopping:
             raise RuntimeError("LeaseStore.start was not called")
         settled: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
@@ -251,16 +257,18 @@ class LeaseStore:
         """Returns what is held, out of memory first. What comes later is decided without the store."""
         if not self._tasks:
             return
+        self._stopping = True
         await end_tasks(self._tasks)
         self._tasks = []
         for courier in self._couriers.values():
             await courier.stop()
         self.leases.sweep(self._clock())
         await asyncio.gather(*(self._return(courier) for courier in self._couriers.values()))
-        for courier in self._couriers.values():
-            courier.shard.away = True
-        for courier in self._couriers.values():
-            self.leases.decide_waiting(self._clock(), courier.shard)
+        for shard in self._shards():
+            shard.away = True
+        for shard in self._shards():
+            self.leases.decide_waiting(self._clock(), shard)
+        self._stopping = False
 
     async def _return(self, courier: Courier) -> None:
         if not courier.shard.away:
@@ -284,7 +292,14 @@ class LeaseStore:
             for shard, courier in self._couriers.items():
                 if shard.due or shard.summoned:
                     courier.wake_now()
+            for shard in self._shards():
+                # Filed there while it was away already, as another shard gave it up or a slot lost its master.
+                if shard.away and shard.waiting:
+                    self.leases.decide_waiting(now, shard)
             await asyncio.sleep(SWEEP_SECONDS)
+
+    def _shards(self) -> list[Shard]:
+        return [*self._couriers, *([self._cluster.nobody] if self._cluster is not None else [])]
 
     def _watch_the_fleet(self, now: float) -> None:
         """The largest fleet of the last while, and whether other workers can be asked for anything."""
@@ -314,6 +329,8 @@ class LeaseStore:
             asked, self._next_look = self._next_look, None
             try:
                 await self._look_at_layout()
+            except Exception:  # noqa: BLE001 (a fault of ours must not end it)
+                _log.exception("the look at the cluster's layout failed and is tried again")
             finally:
                 if asked is not None:
                     asked.set_result(None)
@@ -336,7 +353,10 @@ class LeaseStore:
         except AWAY_ERRORS as error:
             _log.debug("limiter: nobody tells the cluster's layout (%s)", error)
             return
-        came, went = self._cluster.learn(addresses, self.leases.move)
+        before = [*self._couriers, self._cluster.nobody]
+        came, went = self._cluster.learn(addresses)
+        for shard in before:
+            self.leases.refile(shard)
         for shard in came:
             self._couriers[shard] = self._courier(shard)
         for shard in went:

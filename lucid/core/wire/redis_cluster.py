@@ -45,9 +45,9 @@ def key_of(arguments: Sequence[Any]) -> Any:
     name = str(arguments[0]).upper().partition(" ")[0]
     if name in _KEYLESS or len(arguments) < 2:
         return None
-    if name in ("EVAL", "EVALSHA", "EVAL_RO", "EVALSHA_RO", "FCALL", "FCALL_RO"):
+    if name in ("EVAL", "EVALSHA"):
         return arguments[3] if int(arguments[2]) else None
-    if name in ("XREAD", "XREADGROUP"):
+    if name == "XREAD":
         words = [str(argument).upper() for argument in arguments]
         return arguments[words.index("STREAMS") + 1]
     return arguments[1]

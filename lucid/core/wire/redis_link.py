@@ -10,7 +10,7 @@ import secrets
 import weakref
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.connection import (
@@ -57,10 +57,17 @@ async def end_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
         _, pending = await asyncio.wait(pending, timeout=0.05)
 
 
-class _Sends:
-    """What a transport says that was reset meanwhile is a lost connection: uvloop raises RuntimeError, which redis-py
+class _Bounded:
+    """Dialling takes no longer than a command may, although each step of it may take that long: asking sentinels, TLS,
+    each answer to the greeting.
+
+    What a transport says that was reset meanwhile is a lost connection: uvloop raises RuntimeError, which redis-py
     lets through.
     """
+
+    async def connect(self) -> None:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            await super().connect()  # type: ignore[misc]
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         try:
@@ -69,31 +76,23 @@ class _Sends:
             raise LostError(f"the connection was lost: {error}") from error
 
 
-class _Tcp(_Sends, Connection):
+class _Tcp(_Bounded, Connection):
     pass
 
 
-class _Tls(_Sends, SSLConnection):
+class _Tls(_Bounded, SSLConnection):
     pass
 
 
-class _Unix(_Sends, UnixDomainSocketConnection):
+class _Unix(_Bounded, UnixDomainSocketConnection):
     pass
 
 
-class _Managed(_Sends):
-    """Asking the sentinels and dialling the master that they name take no longer together than a command may."""
-
-    async def connect(self) -> None:
-        async with asyncio.timeout(ANSWER_SECONDS):
-            await super().connect()  # type: ignore[misc]
-
-
-class _BehindTcp(_Managed, SentinelManagedConnection):
+class _BehindTcp(_Bounded, SentinelManagedConnection):
     pass
 
 
-class _BehindTls(_Managed, SentinelManagedSSLConnection):
+class _BehindTls(_Bounded, SentinelManagedSSLConnection):
     pass
 
 
@@ -135,11 +134,11 @@ class RedisLink:
             raise ValueError(
                 "REDIS_URI: must begin with redis://, rediss://, unix://, redis+cluster:// or redis+sentinel://"
             )
-        pool: ConnectionPool = ConnectionPool.from_url(uri, **self._options(answer_seconds))
-        pool.connection_class = _CLASSES[scheme]
-        return Redis(connection_pool=pool)
+        options = {**parse_url(uri), **self._options(answer_seconds), "connection_class": _CLASSES[scheme]}
+        return Redis(connection_pool=ConnectionPool(**options))
 
     def _options(self, answer_seconds: float) -> dict[str, Any]:
+        """What the promises of this module rest on; stronger than options of the URI."""
         return {
             "socket_timeout": answer_seconds,
             "socket_connect_timeout": ANSWER_SECONDS,
@@ -160,8 +159,7 @@ class RedisLink:
                 connection_class=_Tls if place.tls else _Tcp,
                 host=host,
                 port=port,
-                **place.options,
-                **self._options(answer_seconds),
+                **{**place.options, **self._options(answer_seconds)},
             )
 
         return Topology(place.hosts, pool_of, ANSWER_SECONDS)
@@ -192,8 +190,7 @@ class RedisLink:
         client: Redis = sentinel.master_for(
             master,
             connection_class=_BehindTls if place.tls else _BehindTcp,
-            **{"db": int(database or 0), **place.options},
-            **self._options(answer_seconds),
+            **{"db": int(database or 0), **place.options, **self._options(answer_seconds)},
         )
         return client
 
@@ -291,13 +288,16 @@ class _Place:
     """
 
     def __init__(self, uri: str, port: int) -> None:
-        split = urlsplit(uri)
-        credentials, _, hosts = split.netloc.rpartition("@")
+        # Not by urllib.parse: later releases (3.11.12, 3.12.9, 3.13.2) take brackets for one whole host alone.
+        scheme, _, rest = uri.partition("://")
+        rest, _, query = rest.partition("?")
+        places, _, path = rest.partition("/")
+        credentials, _, hosts = places.rpartition("@")
         if not hosts:
-            raise ValueError(f"REDIS_URI: {split.scheme}:// needs hosts, such as {split.scheme}://a,b")
-        self.path = split.path.strip("/")
-        self.hosts = [_host(host, port, split.scheme) for host in hosts.split(",")]
-        self.options: dict[str, Any] = dict(parse_url(f"redis://h?{split.query}"))
+            raise ValueError(f"REDIS_URI: {scheme}:// needs hosts, such as {scheme}://a,b")
+        self.path = path.strip("/")
+        self.hosts = [_host(host, port, scheme) for host in hosts.split(",")]
+        self.options: dict[str, Any] = dict(parse_url(f"redis://h?{query}"))
         del self.options["host"]
         username, _, password = credentials.partition(":")
         for name, value in (("username", unquote(username)), ("password", unquote(password))):

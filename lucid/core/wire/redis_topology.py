@@ -22,7 +22,9 @@ FRESH_SECONDS = 0.1
 
 ASKED_AT_ONCE = 5
 GRACE_SECONDS = 0.1
-"""After the first answer, how long one from a node in better health is waited for."""
+"""How long one from a node in better health is waited for after the first answer, and any answer at all before more
+nodes are asked.
+"""
 
 PoolOf = Callable[[str, int, float], ConnectionPool]
 
@@ -78,13 +80,14 @@ class Topology:
         self._pool_of = pool_of
         self._seconds = seconds
         self._clients: dict[tuple[str, float], Redis] = {}
+        self._leaving: set[tuple[str, float]] = set()
         self._masters: Sequence[str] = ()
         self._nodes: Sequence[str] = ()
         self._doubted: set[str] = set()
         self._fault = ""
         self._read_at = float("-inf")
         self._reading: asyncio.Task[None] | None = None
-        self._asking: set[asyncio.Task[Told | None]] = set()
+        self._asking: dict[str, asyncio.Task[Told | str]] = {}
 
     def client(self, address: str, seconds: float) -> Redis:
         """The client of one node."""
@@ -141,6 +144,10 @@ class Topology:
         table is read anew in the background, as slots seldom move alone.
         """
         address = f"{error.host or split_address(asked)[0]}:{error.port}"
+        if error.host == "?":
+            # It has no name (see `_address`), but a port.
+            known = [node for node in self._nodes if split_address(node)[1] == error.port]
+            address = known[0] if known else f"{split_address(asked)[0]}:{error.port}"
         if isinstance(error, MovedError):
             self.trust(address)
             if self._masters and self._masters[error.slot_id] != address:
@@ -165,81 +172,102 @@ class Topology:
         return self._reading
 
     async def _read_slots(self) -> None:
-        faults: list[str] = []
-        best: Told | None = None
-        try:
-            async with asyncio.timeout(self._seconds):
-                for asked in self._by_turns():
-                    if best := await self._first_healthy(asked, faults):
-                        break
-        except TimeoutError:
-            faults.append("no answer in time")
+        best, faults = await self._healthiest()
         self._read_at = time.monotonic()
         if best is None:
-            self._fault = f"no node tells who has which slot: {faults[0] if faults else 'none answers'}"
+            self._fault = f"no node tells who has which slot: {faults[0] if faults else 'no answer in time'}"
             return
         self._fault = ""
         if best.masters != self._masters:
             self._masters = best.masters
-        gone = set(self._nodes) - set(best.nodes)
         self._nodes = best.nodes
         self._doubted &= set(best.nodes)
-        for (address, _), client in self._clients.items():
-            if address in gone:
-                await client.connection_pool.disconnect(inuse_connections=False)
+        await self._let_go({*best.nodes, *self._seeds})
+
+    async def _let_go(self, kept: set[str]) -> None:
+        """Closes connections to nodes that left, after what is on its way there. Their clients go with the reading
+        after this one: somebody may have been about to use them.
+        """
+        left = {key for key in self._clients if key[0] not in kept}
+        for key in left:
+            pool = (self._clients.pop(key) if key in self._leaving else self._clients[key]).connection_pool
+            with contextlib.suppress(RedisError, OSError, TimeoutError):
+                await pool.update_active_connections_for_reconnect()  # type: ignore[no-untyped-call]
+                await pool.disconnect(inuse_connections=False)
+        self._leaving = left - self._leaving
 
     def _by_turns(self) -> Iterator[Sequence[str]]:
-        """Nodes to ask at once, in random order: not all workers ask the same. Those that are doubted come late, and
-        those that the settings name come last, as they may be gone.
+        """Nodes to ask at once, in random order: not all workers ask the same. Those that are doubted come late. Those
+        that the settings name may be gone, but so may all others: they are the second choice.
         """
         known = random.sample(self._nodes, len(self._nodes))
         known.sort(key=self._doubted.__contains__)
-        order = list(dict.fromkeys([*known, *self._seeds]))
+        seeds = random.sample(self._seeds, len(self._seeds))
+        order = list(dict.fromkeys([*known[:ASKED_AT_ONCE], *seeds, *known[ASKED_AT_ONCE:]]))
         for at in range(0, len(order), ASKED_AT_ONCE):
             yield order[at : at + ASKED_AT_ONCE]
 
-    async def _first_healthy(self, asked: Sequence[str], faults: list[str]) -> Told | None:
-        """A master that was cut off goes on telling the old table, but says that its cluster is down; so does every
-        node where a slot has no master, and then the latest epoch is believed.
-        """
-        pending = {asyncio.create_task(self._ask(address, faults)) for address in asked}
-        self._asking |= pending
-        best: Told | None = None
-        try:
-            while pending and not (best and best.healthy):
-                timeout = GRACE_SECONDS if best else None
-                done, pending = await asyncio.wait(
-                    pending, timeout=timeout, return_when=asyncio.FIRST_COMPLETED
-                )
-                if not done:
-                    break
-                told = [said for task in done if (said := task.result())]
-                best = max([*told, *([best] if best else [])], key=lambda said: said.rank, default=None)
-        finally:
-            for task in pending:
-                task.cancel()
-            # The others go on ending by themselves: on Python 3.11 a cancellation may be swallowed in redis-py.
-            self._asking = {task for task in self._asking if not task.done()}
-        return best
+    async def _healthiest(self) -> tuple[Told | None, list[str]]:
+        """The best answer within the time that one may take, and why others did not answer.
 
-    async def _ask(self, address: str, faults: list[str]) -> Told | None:
+        A master that was cut off goes on telling the old table, but says that its cluster is down; so does every
+        node where a slot has no master, and then the latest epoch is believed. Where nobody answers, not even with a
+        refusal, more are asked meanwhile: the packets to a host that is gone may vanish.
+        """
+        turns = self._by_turns()
+        end = time.monotonic() + self._seconds
+        faults: list[str] = []
+        best: Told | None = None
+        done: set[asyncio.Task[Told | str]] = set()
+        pending: set[asyncio.Task[Told | str]] = set()
+        while not (best and best.healthy) and (left := end - time.monotonic()) > 0:
+            if best is None and not (done and pending):
+                pending |= {self._asked(address) for address in next(turns, ())}
+            if not pending:
+                break
+            done, pending = await asyncio.wait(
+                pending, timeout=min(GRACE_SECONDS, left), return_when=asyncio.FIRST_COMPLETED
+            )
+            if best is not None and not done:
+                break
+            for said in (task.result() for task in done):
+                if isinstance(said, str):
+                    faults.append(said)
+                elif best is None or said.rank > best.rank:
+                    best = said
+        return best, faults
+
+    def _asked(self, address: str) -> asyncio.Task[Told | str]:
+        """A question to this node, which is on until it is answered or lost, heard or not: to cancel it would cost the
+        connection, a handshake for each node and reading. There is one at a time.
+        """
+        asking = self._asking.get(address)
+        if asking is None:
+            asking = asyncio.create_task(self._ask(address), name=f"lucid redis topology of {address}")
+            self._asking[address] = asking
+            asking.add_done_callback(lambda _: self._asking.pop(address))
+        return asking
+
+    async def _ask(self, address: str) -> Told | str:
         pipeline = self.client(address, self._seconds).pipeline(transaction=False)
         # In two words: redis-py would make something of the answer to "CLUSTER SLOTS".
         pipeline.execute_command("CLUSTER", "INFO")
         pipeline.execute_command("CLUSTER", "SLOTS")
         try:
-            info, slots = await pipeline.execute()
+            async with asyncio.timeout(self._seconds):
+                info, slots = await pipeline.execute()
             return Told(info, slots, split_address(address)[0])
-        except (RedisError, OSError, TimeoutError) as error:
-            faults.append(str(error) or type(error).__name__)
-            return None
+        except Exception as error:  # noqa: BLE001 (an answer that is not understood too must not end who follows the table)
+            return str(error) or type(error).__name__
 
     async def close(self) -> None:
-        tasks = {task for task in (self._reading, *self._asking) if task is not None and not task.done()}
+        tasks = {
+            task for task in (self._reading, *self._asking.values()) if task is not None and not task.done()
+        }
         while tasks:
             for task in tasks:
                 task.cancel()
             _, tasks = await asyncio.wait(tasks, timeout=0.05)
-        for client in self._clients.values():
+        for client in list(self._clients.values()):
             with contextlib.suppress(RedisError, OSError, TimeoutError):
                 await client.connection_pool.disconnect()
