@@ -121,13 +121,12 @@ async def fleet(uri: str, limit: Limit = LIMIT) -> AsyncIterator[Fleet]:
         await made.close()
 
 
-@pytest.fixture(params=["asyncio", "uvloop"])
-def run(request: pytest.FixtureRequest) -> Callable[[Coroutine[Any, Any, None]], None]:
-    """Runs a test on each kind of event loop."""
-    factory = uvloop.new_event_loop if request.param == "uvloop" else asyncio.new_event_loop
+@pytest.fixture
+def run() -> Callable[[Coroutine[Any, Any, None]], None]:
+    """Runs a test on the loop of a gateway; the tests without it run on asyncio's own."""
 
     def run_on(coroutine: Coroutine[Any, Any, None]) -> None:
-        with asyncio.Runner(loop_factory=factory) as runner:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(asyncio.wait_for(coroutine, 30))
 
     return run_on

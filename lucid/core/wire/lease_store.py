@@ -260,6 +260,9 @@ class LeaseStore:
         self._stopping = True
         await end_tasks(self._tasks)
         self._tasks = []
+        if self._next_look is not None:
+            self._next_look.set_result(None)
+            self._next_look = None
         for courier in self._couriers.values():
             await courier.stop()
         self.leases.sweep(self._clock())
