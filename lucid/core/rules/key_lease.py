@@ -35,6 +35,11 @@ RECALL_PAUSE_SECONDS = 0.5
 """Between two recalls of a key by one worker, in which its refusals come from memory."""
 
 
+def key_of(name: str, identifier: str) -> str:
+    """The key in the store of one limit on one identifier."""
+    return f"rate_limit:{name}:{identifier}"
+
+
 class Shape(msgspec.Struct, frozen=True):
     """What follows from a window. For 60 s: slots of 0.5 s, leases of 2 to 10 s."""
 
@@ -160,7 +165,7 @@ class KeyLease:
         self.partition = partition
         self.counters = worker.counters_of.setdefault(limit.name, Counters())
         self.identifier = identifier
-        self.key = f"rate_limit:{limit.name}:{identifier}"
+        self.key = key_of(limit.name, identifier)
         self.journal: list[Entry] = []
         self.become(limit, shape)
         self.has = 0
@@ -190,9 +195,9 @@ class KeyLease:
         self.free_at = 0.0
         self.deny_until = 0.0
         self.elsewhere = 0
+        """What other workers held as of the store's last answer."""
         self.spent_there = 0
         """What all workers had spent as of then."""
-        """What other workers held as of the store's last answer."""
         self.recalled = False
         """Another worker has need of what is held here: the next message returns it."""
         self.recalled_at = float("-inf")

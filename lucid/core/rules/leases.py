@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable
 from lucid.core.exchange import Limit
 from lucid.core.rules.bucket import SLOTS, Answer, Call, Group, Message
 from lucid.core.rules.claims import Claim, LimitSet, Standing, Take
-from lucid.core.rules.key_lease import RECALL_STEPS_SECONDS, Counters, KeyLease, Shape, Worker
+from lucid.core.rules.key_lease import RECALL_STEPS_SECONDS, Counters, KeyLease, Shape, Worker, key_of
 from lucid.core.rules.shards import Partition, Shard
 
 __all__ = ["Claim", "Counters", "Flight", "Leases", "LimitSet", "Shape", "Standing", "Take", "Waiter"]
@@ -189,7 +189,7 @@ class Leases(Worker):
         return claim
 
     def lease(self, limit: Limit, identifier: str) -> KeyLease:
-        key = f"rate_limit:{limit.name}:{identifier}"
+        key = key_of(limit.name, identifier)
         lease = self._by_key.get(key)
         if lease is None:
             lease = self.lease_type(self, limit, identifier, self.shape(limit), self.partition_of(key))
@@ -200,7 +200,7 @@ class Leases(Worker):
 
     def reset(self, name: str, identifier: str) -> None:
         """An operator cleared this key's ring: forget refusals and the own window, keep the lease."""
-        lease = self._by_key.get(f"rate_limit:{name}:{identifier}")
+        lease = self._by_key.get(key_of(name, identifier))
         if lease is not None:
             lease.deny_until = lease.free_at = 0.0
             lease.history.clear()

@@ -19,7 +19,7 @@ from redis.exceptions import MovedError
 from lucid.core.exchange import Limit
 from lucid.core.rules.bucket import KeyAnswer, Message, Op
 from lucid.core.rules.claims import Claim, Standing, Take
-from lucid.core.rules.key_lease import RECALL_STEPS_SECONDS, Counters, KeyLease, Shape
+from lucid.core.rules.key_lease import RECALL_STEPS_SECONDS, Counters, KeyLease, Shape, key_of
 from lucid.core.rules.leases import Leases
 from lucid.core.rules.shards import Partition, Shard
 from lucid.core.wire.cluster_shards import ClusterShards
@@ -169,7 +169,7 @@ class LeaseStore:
 
     async def _ask(self, limit: Limit, identifier: str, op: Op) -> KeyAnswer:
         shape = self.leases.shape(limit)
-        key = f"rate_limit:{limit.name}:{identifier}"
+        key = key_of(limit.name, identifier)
         message = Message(op=op, limit=limit.requests, slot_ms=shape.slot_ms, long_ms=shape.long_ms)
         partition = self.leases.partition_of(key)
         call = self.leases.call(partition, [message], [])
